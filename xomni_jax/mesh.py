@@ -24,8 +24,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
   "kv_heads": ("tensor",),
   "mlp": ("tensor",),
   "vocab": ("tensor",),
-  "in": ("fsdp",),
-  "out": ("tensor",),
+  "fan_in": ("fsdp",),
+  "fan_out": ("tensor",),
 }
 
 
