@@ -219,11 +219,11 @@ class Flux(nn.Module):
 def _sinusoids(x_B: jax.Array, dtype) -> jax.Array:
   """[B, 256]: cosines, then sines, of 1000 x at falling frequencies."""
   half = _TIME_DIM // 2
-  # On the host and as an exponential, bit for bit as PyTorch: at angles of up
-  # to 3500 the last bit of a frequency is worth 1e-4 of a cosine.
-  frequency = np.exp(
-    np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / half
-  )
+  # Rounded as PyTorch rounds (exponent in float32, then an exact exponential):
+  # at angles of up to 3500 a frequency's last bit is worth 2e-4 of a cosine.
+  exponent = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32)
+  exponent /= np.float32(half)
+  frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
   angles = 1000.0 * x_B.astype(jnp.float32)[:, None] * frequency
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1).astype(dtype)
 
