@@ -2,7 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from xomni_jax.data import encoder_ids, images, protocol
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference import flow, sampling
-from xomni_jax.inference.sampling import Sampling
+from xomni_jax.inference.sampling import Drawn, Sampling
 from xomni_jax.mesh import describe, make_mesh
 from xomni_jax.models import ar, siglip, text_encoders, vae, vq
 
@@ -40,12 +41,14 @@ class Generated:
       guided distribution at temperature 1.
     raw_logprobs: f32[N, h*w], under the model's own distribution over codes.
     images: N PIL images; empty if they were not decoded.
+    seconds: spent on "sampling" and on "decoding", compilation included.
   """
 
   codes: np.ndarray
   logprobs: np.ndarray
   raw_logprobs: np.ndarray
   images: list[Image.Image]
+  seconds: dict[str, float]
 
 
 def load(
@@ -77,6 +80,14 @@ def load(
   tokenizer = protocol.load_tokenizer(
     opened.folder, cfg.vocab_size, cfg.image_vocab_size
   )
+  total = cfg.vocab_size + cfg.mm_vocab_size
+  if (
+    last := max(tokenizer.som_id, tokenizer.eom_id, tokenizer.image_id)
+  ) >= total:
+    raise InputError(
+      f"{opened.folder}: the tokenizer's image tokens reach id {last}, the "
+      f"model's vocabulary ends at {total - 1}"
+    )
   parts = dict(opened.parts)
   decoder = None
   if flux is not None:
@@ -117,7 +128,9 @@ class Model:
       self._clip_ids = encoder_ids.load_clip_tokenizer(
         decoder.folder / "tokenizer", decoder.clip.max_position_embeddings
       )
-      self._t5_ids = encoder_ids.load_t5_tokenizer(decoder.folder / "tokenizer_2")
+      self._t5_ids = encoder_ids.load_t5_tokenizer(
+        decoder.folder / "tokenizer_2"
+      )
 
   def __repr__(self) -> str:
     parts = ", ".join(self.params)
@@ -186,7 +199,8 @@ class Model:
     h, w = grid = codes.shape
     shape = (1, decoder.vae.latent_channels, 2 * h, 2 * w)
     if noise is None:
-      noise = jax.random.normal(jax.random.key(seed), shape)
+      # On the host: the same noise on every kind of device.
+      noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
     elif np.shape(noise) != shape:
       raise InputError(
         f"noise is {list(np.shape(noise))}, expected {list(shape)} for "
@@ -218,7 +232,7 @@ class Model:
           cfg_scale=float(scale),
         )
         if self._progress:
-          latents.block_until_ready()  # the bar shows work done, not queued
+          latents.block_until_ready()
       image = _paint(
         self.params["vae"],
         latents,
@@ -249,7 +263,7 @@ class Model:
     Args:
       prompts: one or several texts.
       size: (height, width) in px, multiples of `pixels_per_token`.
-      seed: of codes and noise; image i is the same in every batch.
+      seed: of codes and noise; sequence i has the same in every batch.
       num_images: images per prompt; they share one prefill.
       temperature, top_k, top_p, min_p, cfg_scale, greedy: see `Sampling`;
         guidance contrasts with the same image without its prompt.
@@ -258,11 +272,46 @@ class Model:
     Raises:
       InputError: bad arguments, an empty prompt, or `decode` without `flux`.
     """
+    how = Sampling(temperature, top_k, top_p, min_p, greedy, cfg_scale)
+    parts = list(
+      self.stream(
+        prompts,
+        size,
+        how,
+        seed=seed,
+        num_images=num_images,
+        decode=decode,
+        batch_size=batch_size,
+      )
+    )
+    join = lambda name: np.concatenate([getattr(p, name) for p in parts])
+    seconds = {
+      name: sum(p.seconds[name] for p in parts) for name in parts[0].seconds
+    }
+    return Generated(
+      join("codes"),
+      join("logprobs"),
+      join("raw_logprobs"),
+      [image for p in parts for image in p.images],
+      seconds,
+    )
+
+  def stream(
+    self,
+    prompts: str | Sequence[str],
+    size: tuple[int, int],
+    how: Sampling,
+    *,
+    seed: int = 0,
+    num_images: int = 1,
+    decode: bool = True,
+    batch_size: int | None = None,
+  ) -> Iterator[Generated]:
+    """`generate` batch by batch, for work that is stored as it is made."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if decode:
       self._need_decoder()
     self._check_request(prompts, num_images, batch_size)
-    how = Sampling(temperature, top_k, top_p, min_p, greedy, cfg_scale)
     h, w = self._grid(size)
     prefix = self.tokenizer.encode(protocol.image_prefix(h, w))
     ids = [self.tokenizer.encode(p) for p in prompts]
@@ -270,33 +319,22 @@ class Model:
 
     keys = sampling.sequence_keys(seed, len(ids) * num_images)
     each = max(1, (batch_size or len(keys)) // num_images)
-    batches = range(0, len(ids), each)
-    drawn = []
     with self._bar(None, "sampling", "token", len(keys) * h * w) as bar:
-      for first in batches:
-        batch = [p + prefix for p in ids[first : first + each]]
+      for first in range(0, len(ids), each):
+        batch = ids[first : first + each]
         mine = keys[first * num_images : (first + each) * num_images]
-        drawn += self._draw_codes(
-          batch, prefix, mine, num_images, (h, w), how, bar
+        start = time.monotonic()
+        drawn = self._draw_codes(batch, prefix, mine, (h, w), how, bar)
+        seconds = {"sampling": time.monotonic() - start}
+        codes = drawn.token.reshape(-1, h, w)
+        pictures = []
+        if decode:
+          start = time.monotonic()
+          pictures = self._paint_all(codes, batch, mine)
+          seconds["decoding"] = time.monotonic() - start
+        yield Generated(
+          codes, drawn.logprob, drawn.raw_logprob, pictures, seconds
         )
-    tokens, logprobs, raw_logprobs = (
-      np.concatenate(x) for x in zip(*drawn, strict=True)
-    )
-    codes = tokens.reshape(-1, h, w)
-    pictures = []
-    if decode:
-      # The decoder reads the prompt as the vocabulary spells it.
-      texts = [self.tokenizer.parse(p).texts[0] for p in ids]
-      noise_seeds = np.asarray(
-        jax.vmap(jax.random.bits)(keys) >> 1, dtype=np.int64
-      )
-      pictures = [
-        Image.fromarray(
-          self.decode(c, texts[i // num_images], seed=int(noise_seeds[i]))
-        )
-        for i, c in enumerate(codes)
-      ]
-    return Generated(codes, logprobs, raw_logprobs, pictures)
 
   def chat(
     self,
@@ -409,17 +447,19 @@ class Model:
         )
       )
 
-  def _draw_codes(self, batch, prefix, keys, num_images, grid, how, bar):
-    """[(codes [n, w], logprobs, raw_logprobs)] of the rows of one batch."""
+  def _draw_codes(self, batch, prefix, keys, grid, how, bar) -> Drawn:
+    """Codes [n, h*w] of one batch of prompts, with their log-probs."""
     h, w = grid
-    copies = (num_images,) * len(batch)
+    copies = (len(keys) // len(batch),) * len(batch)
+    rows = [ids + prefix for ids in batch]
     if how.cfg_scale != 1:
-      batch, copies = [*batch, prefix], (*copies, len(keys))
+      # One negative row serves all: it sees no prompt.
+      rows, copies = [*rows, prefix], (*copies, len(keys))
+    drawn = []
     with jax.set_mesh(self.mesh):
-      state = self._prefill(batch, keys, h * w, copies)
-      rows = []
+      state = self._prefill(rows, keys, h * w, copies)
       for _ in range(h):
-        state, drawn = sampling.image_steps(
+        state, new = sampling.image_steps(
           self.params["ar"],
           state,
           cfg=self.config.ar,
@@ -427,11 +467,24 @@ class Model:
           sampling=how,
           steps=w,
         )
-        rows.append(drawn)
+        drawn.append(new)
         if self._progress:
-          drawn.token.block_until_ready()
-          bar.update(drawn.token.size)
-      return [tuple(np.concatenate(x, axis=1) for x in zip(*rows, strict=True))]
+          new.token.block_until_ready()  # the bar shows work done, not queued
+          bar.update(new.token.size)
+      return Drawn(
+        *(np.concatenate(x, axis=1) for x in zip(*drawn, strict=True))
+      )
+
+  def _paint_all(self, codes, batch, keys) -> list[Image.Image]:
+    """An image for each of codes [n, h, w], the rows of a batch of prompts."""
+    # The decoder reads a prompt as the vocabulary spells it.
+    texts = [self.tokenizer.parse(ids).texts[0] for ids in batch]
+    seeds = np.asarray(jax.vmap(jax.random.bits)(keys))
+    each = len(codes) // len(batch)
+    return [
+      Image.fromarray(self.decode(c, texts[i // each], seed=int(seeds[i])))
+      for i, c in enumerate(codes)
+    ]
 
   def _prefill(self, sequences, keys, steps, copies):
     tokens, mask = protocol.left_pad(

@@ -19,39 +19,25 @@ from xomni_jax.models.layers import attention
 from xomni_jax.params import Row, flatten
 
 
-def _conv(channels, size, compute, name, **how):
-  padding = how.pop("padding", size // 2)
-  dtype = jnp.dtype(compute.dtype)
+def _conv(channels, size, compute, name):
   return nn.Conv(
-    channels, (size, size), padding=padding, dtype=dtype, name=name, **how
+    channels,
+    (size, size),
+    padding=size // 2,
+    dtype=jnp.dtype(compute.dtype),
+    name=name,
   )
 
 
-class GroupNorm(nn.Module):
-  """GroupNorm of [B, H, W, C] with float32 statistics, eps 1e-6.
-
-  Pixels are summed before channels: `nn.GroupNorm` reshapes the whole image
-  to [B, H, W, groups, C / groups], whose short last axis a TPU pads to 128.
-  """
-
-  groups: int
-  dtype: str
-
-  @nn.compact
-  def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-    B, _, _, C = x_BHWC.shape
-    scale_C = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
-    bias_C = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
-
-    def mean(x_BHWC):
-      """[B, 1, 1, C]: each channel has its group's mean."""
-      groups_BG = x_BHWC.mean((1, 2)).reshape(B, self.groups, -1).mean(-1)
-      return jnp.repeat(groups_BG, C // self.groups, -1)[:, None, None]
-
-    x_BHWC = x_BHWC.astype(jnp.float32)
-    x_BHWC -= mean(x_BHWC)
-    y_BHWC = x_BHWC * jax.lax.rsqrt(mean(jnp.square(x_BHWC)) + 1e-6)
-    return (y_BHWC * scale_C + bias_C).astype(self.dtype)
+def _norm(cfg, compute, name):
+  # The fast variance, E[x^2] - E[x]^2, cancels where a group is off centre.
+  return nn.GroupNorm(
+    cfg.norm_num_groups,
+    epsilon=1e-6,
+    dtype=jnp.dtype(compute.dtype),
+    use_fast_variance=False,
+    name=name,
+  )
 
 
 class ResnetBlock(nn.Module):
@@ -65,9 +51,7 @@ class ResnetBlock(nn.Module):
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     h_BHWC = x_BHWC
     for i in (1, 2):
-      norm = GroupNorm(
-        self.cfg.norm_num_groups, self.compute.dtype, name=f"norm{i}"
-      )
+      norm = _norm(self.cfg, self.compute, f"norm{i}")
       conv = _conv(self.channels, 3, self.compute, f"conv{i}")
       h_BHWC = conv(nn.silu(norm(h_BHWC)))
     if x_BHWC.shape[-1] != self.channels:
@@ -85,9 +69,7 @@ class Attention(nn.Module):
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     B, H, W, C = x_BHWC.shape
     dense = lambda name: nn.Dense(C, dtype=self.compute.dtype, name=name)
-    norm = GroupNorm(
-      self.cfg.norm_num_groups, self.compute.dtype, name="group_norm"
-    )
+    norm = _norm(self.cfg, self.compute, "group_norm")
     h_BTC = norm(x_BHWC).reshape(B, H * W, C)
     out_BTNC = attention(
       dense("to_q")(h_BTC)[:, :, None],
@@ -121,9 +103,13 @@ class Downsample(nn.Module):
 
   @nn.compact
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-    # diffusers pads the right and the bottom only.
-    return _conv(
-      x_BHWC.shape[-1], 3, self.compute, "conv", strides=2, padding=(0, 1)
+    return nn.Conv(
+      x_BHWC.shape[-1],
+      (3, 3),
+      strides=2,
+      padding=((0, 1), (0, 1)),  # right and bottom only, as diffusers has it
+      dtype=jnp.dtype(self.compute.dtype),
+      name="conv",
     )(x_BHWC)
 
 
@@ -210,7 +196,7 @@ class Decoder(nn.Module):
 
 def _out(channels, cfg, compute, x_BHWC):
   """norm, SiLU and convolution that end both halves."""
-  norm = GroupNorm(cfg.norm_num_groups, compute.dtype, name="conv_norm_out")
+  norm = _norm(cfg, compute, "conv_norm_out")
   return _conv(channels, 3, compute, "conv_out")(nn.silu(norm(x_BHWC)))
 
 

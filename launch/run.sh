@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Sets up what is needed and runs one verb:
+#   ./launch/run.sh setup       make .venv with the CPU packages
+#   ./launch/run.sh test [...]  setup, lint, and the tests (arguments: pytest's)
+#   ./launch/run.sh demo [...]  setup, then a page about every part of the model
+#   ./launch/run.sh VERB [...]  setup, then `xomni VERB ...`
+# XOMNI_VENV names another virtual environment; PYTHON another interpreter.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${XOMNI_VENV:-$here/.venv}
+pins=$here/launch/requirements-cpu.txt
+
+fail() {
+  echo "run.sh: error: $*" >&2
+  exit 2
+}
+
+set_up() {
+  # Done once for each state of the files that say what to install.
+  local stamp=$venv/.xomni-setup sum
+  sum=$(cat "$here/setup.py" "$pins" "${BASH_SOURCE[0]}" | sha256sum)
+  [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$sum" ] && return
+  local python=${PYTHON:-python3}
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+    2>/dev/null || fail "$python is no Python 3.11 or newer; set PYTHON"
+  "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    fail "$python has no venv module; apt-get install python3-venv"
+  echo "run.sh: setting up $venv" >&2
+  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  local pip=("$venv/bin/python" -m pip --disable-pip-version-check install -q)
+  # The local version "+cpu" keeps pip from PyPI's CUDA build of several GB.
+  # That index may be out of reach, and a wheel may be at hand: ask it once.
+  "${pip[@]}" --no-deps --retries 0 --timeout 20 \
+    --extra-index-url https://download.pytorch.org/whl/cpu \
+    "$(grep '^torch==' "$pins")" 2>/dev/null ||
+    fail "no CPU build of torch to be had ($(grep '^torch==' "$pins")); put" \
+      "its wheel where pip looks, for example with PIP_FIND_LINKS"
+  "${pip[@]}" -r "$pins"
+  "${pip[@]}" --no-deps --no-build-isolation -e "$here"
+  echo "$sum" >"$stamp"
+}
+
+# libtpu is installed for compiling without a TPU; where there is none, JAX
+# must not look for one: that stalls for half a minute.
+no_tpu() { ! compgen -G '/dev/accel*' >/dev/null && ! compgen -G '/dev/vfio/[0-9]*' >/dev/null; }
+
+verb=${1:-help}
+[ $# -gt 0 ] && shift
+case $verb in
+  help | -h | --help)
+    sed -n '2,7p' "${BASH_SOURCE[0]}" | cut -c3-
+    exit
+    ;;
+esac
+set_up
+if no_tpu && [ -z "${JAX_PLATFORMS:-}" ] && ! command -v nvidia-smi >/dev/null; then
+  export JAX_PLATFORMS=cpu
+fi
+case $verb in
+  setup) echo "run.sh: $venv is ready" ;;
+  test)
+    cd "$here"
+    "$venv/bin/ruff" check .
+    "$venv/bin/ruff" format --check .
+    "$venv/bin/lint-imports"
+    exec "$venv/bin/python" -m pytest "$@"
+    ;;
+  *) exec "$venv/bin/python" -m xomni_jax "$verb" "$@" ;;
+esac

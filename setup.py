@@ -1,0 +1,61 @@
+"""Packaging. Ranges here; tested pins in requirements-tpu.txt and
+launch/requirements-cpu.txt."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+
+# Reading and writing `.pt` files, and parity tests: the model needs no torch.
+TORCH = ["torch>=2.6"]
+
+setup(
+  name="xomni-jax",
+  version="0.1.0",
+  description="X-Omni in JAX/Flax: autoregressive image generation with RL",
+  long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["xomni_jax*"]),
+  install_requires=[
+    "einops>=0.8",
+    "flax>=0.12.8",
+    "huggingface_hub>=1.0",
+    "jax>=0.10.2",
+    "jinja2>=3.1",  # chat templates
+    "ml_collections>=1.1",
+    "ml_dtypes>=0.5",
+    "numpy>=2.0",
+    "pillow>=11",
+    "protobuf>=5",
+    "safetensors>=0.6",
+    "sentencepiece>=0.2",
+    "tqdm>=4.66",
+    "transformers>=5.0",  # tokenizers only
+  ],
+  extras_require={
+    "cpu": TORCH,
+    "tpu": [
+      "jax[tpu]>=0.10.2",
+      "diffusers>=0.42",
+      "grain>=0.2.18",
+      "optax>=0.2.8",
+      "orbax-checkpoint>=0.12.8",
+      "tensorflow-text>=2.21",
+    ],
+    "gpu": ["jax[cuda13]>=0.10.2", *TORCH],
+    "sidecar": ["ray[serve]>=2.60", *TORCH],
+    "eval": ["lmms-eval>=0.7.3"],
+    "dev": [
+      "diffusers>=0.42",
+      "import-linter>=2.1",
+      "libtpu>=0.0.52; platform_machine == 'x86_64'",
+      "pytest>=8.3",
+      "ruff>=0.12",
+      *TORCH,
+    ],
+  },
+  entry_points={"console_scripts": ["xomni=xomni_jax.cli:main"]},
+)

@@ -1,0 +1,134 @@
+"""What a device could do at best: counted bytes and FLOPs, known peaks."""
+
+import dataclasses
+import math
+
+import jax
+
+from xomni_jax.config import ARConfig, FluxConfig
+from xomni_jax.models import ar
+
+_TIME_DIM = 256  # sinusoids of FLUX's timestep and guidance
+
+# Device name as the driver spells it (the longest match counts): memory
+# bandwidth in TB/s and dense bf16 TFLOP/s, from NVIDIA's data sheets.
+_PEAKS = {
+  "A100-SXM4-40GB": (1.555, 312),
+  "A100-PCIE-40GB": (1.555, 312),
+  "A100 80GB PCIe": (1.935, 312),
+  "A100-SXM4-80GB": (2.039, 312),
+  "L4": (0.300, 121),
+  "L40S": (0.864, 362),
+  "H100 PCIe": (2.0, 756),
+  "H100 NVL": (3.9, 835),
+  "H100": (3.35, 989),  # SXM, "H100 80GB HBM3"
+  "H200 NVL": (4.8, 835),
+  "H200": (4.8, 989),
+  "B200": (8.0, 2250),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+  """Peak rates of a device; None: not known.
+
+  Attributes:
+    bandwidth: of its memory, bytes/s.
+    flops: dense bf16 FLOP/s.
+    source: where the two come from, for the report.
+  """
+
+  bandwidth: float | None
+  flops: float | None
+  source: str
+
+
+def peak(
+  device: str, bandwidth: float | None = None, flops: float | None = None
+) -> Peak:
+  """The peak of a device by name; TB/s and TFLOP/s given here go first."""
+  words = f" {device} "
+  # A whole word, so that L4 is not found in L40S.
+  names = [n for n in _PEAKS if f" {n} " in words.replace("NVIDIA", " ")]
+  known = _PEAKS[max(names, key=len)] if names else (None, None)
+  values = (bandwidth or known[0], flops or known[1])
+  given = [
+    name
+    for name, value in (("--bandwidth", bandwidth), ("--flops", flops))
+    if value
+  ]
+  shown = [
+    f"{value:g} {unit}" if value else f"unknown {unit}"
+    for value, unit in zip(values, ("TB/s", "bf16 TFLOP/s"), strict=True)
+  ]
+  source = f"{', '.join(shown)} (data sheet of {device}"
+  source += f"; {' and '.join(given)} given)" if given else ")"
+  return Peak(*(v and v * 1e12 for v in values), source)
+
+
+def decode_bytes(
+  cfg: ARConfig, batch: int, length: float, itemsize: int
+) -> float:
+  """Bytes that one decode step has to read.
+
+  All blocks, the image head and the keys and values of what came before:
+
+    itemsize * (blocks + image_vocab_size * D
+                + 2 * layers * kv_heads * head_dim * batch * length)
+
+  Args:
+    batch: sequences, a token each.
+    length: mean number of tokens that are attended to.
+    itemsize: of weights and cache, in bytes.
+  """
+  tree = ar.abstract(cfg)
+  blocks = sum(
+    math.prod(leaf.shape)
+    for name, size in ar.stacks(cfg).items()
+    if size
+    for leaf in jax.tree.leaves(tree[name])
+  )
+  head = cfg.image_vocab_size * cfg.hidden_size
+  heads = cfg.num_key_value_heads * cfg.head_dim
+  cache = 2 * cfg.num_hidden_layers * heads * batch * length
+  return itemsize * (blocks + head + cache)
+
+
+def step_flops(cfg: FluxConfig, text: int, image: int, rows: int) -> float:
+  """FLOPs of the matrix products of one pass of the FLUX transformer.
+
+  With width D, MLP width F, S = T + L tokens, C latent channels, Z feature
+  channels, E text width and P pooled width, a row takes
+
+    double block: 2 S (4 D D + 2 D F) + 4 S S D + 2 (12 D D)
+    single block: 2 S (3 D D + D F + (D + F) D) + 4 S S D + 2 (3 D D)
+    outside:      2 L (2 C + Z) D + 2 T E D + 2 (2 D D)
+                  + 2 (P + D) D + 2 (256 + D) D, the latter twice with guidance
+
+  where the last term of a block is its modulation, and 4 S S D its scores and
+  their product with the values.
+
+  Args:
+    text: T, text tokens.
+    image: L, image tokens.
+    rows: of the batch; two with guidance on the negative branch.
+  """
+  width, mlp, total = cfg.width, cfg.mlp, text + image
+  square, attend = width * width, 4 * total * total * width
+  double = 2 * total * (4 * square + 2 * width * mlp) + attend + 24 * square
+  single = (
+    2 * total * (3 * square + width * mlp + (width + mlp) * width)
+    + attend
+    + 6 * square
+  )
+  channels = 2 * cfg.in_channels + cfg.siglip_channels
+  times = 1 + cfg.guidance_embeds
+  outside = (
+    2 * image * channels * width
+    + 2 * text * cfg.joint_attention_dim * width
+    + 4 * square
+    + 2 * (cfg.pooled_projection_dim + width) * width
+    + times * 2 * (_TIME_DIM + width) * width
+  )
+  blocks = cfg.num_layers * double + cfg.num_single_layers * single
+  return rows * (blocks + outside)

@@ -1,0 +1,1 @@
+"""Checkpoints: released ones in, and out again."""

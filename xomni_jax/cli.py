@@ -1,0 +1,412 @@
+"""The `xomni` command: verbs to functions, nothing else.
+
+Heavy imports wait until a verb needs them, so that `--help` is instant.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+from xomni_jax.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+  """Errors on one line, exit status 2."""
+
+  def error(self, message):
+    self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs one verb; returns the exit status: 0, 2 for bad input, 130 for ^C."""
+  argv = sys.argv[1:] if argv is None else argv
+  _use_compile_cache()
+  args, rest = _parser().parse_known_args(argv)
+  try:
+    if args.passes_rest:
+      return args.run(rest)
+    if rest:
+      args.parser.error(f"unknown arguments: {' '.join(rest)}")
+    return args.run(args) or 0
+  except InputError as e:
+    print(f"xomni {args.verb}: error: {e}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(f"xomni {args.verb}: interrupted", file=sys.stderr)
+    return 130
+
+
+def _use_compile_cache():
+  """Compiled programs are kept between runs, unless the user says where."""
+  # One folder a kind of processor: what was compiled for one may crash another,
+  # and home folders are shared.
+  try:
+    flags = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    flags = "".join(x for x in flags.split("\n") if x.startswith("flags"))
+  except OSError:
+    flags = ""
+  kind = hashlib.sha256((platform.machine() + flags).encode()).hexdigest()[:8]
+  home = os.environ.get("XDG_CACHE_HOME") or str(pathlib.Path.home() / ".cache")
+  os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", f"{home}/xomni_jax/compiled-{kind}"
+  )
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+def _parser():
+  parser = _Parser(
+    prog="xomni",
+    description="X-Omni in JAX: images from prompts, answers about images.",
+  )
+  verbs = parser.add_subparsers(
+    dest="verb", required=True, metavar="VERB", parser_class=_Parser
+  )
+
+  def verb(name, run, text, *, passes_rest=False):
+    sub = verbs.add_parser(
+      name,
+      help=text,
+      description=text,
+      add_help=not passes_rest,
+      formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    sub.set_defaults(run=run, passes_rest=passes_rest, parser=sub)
+    return sub
+
+  _generate_flags(verb("generate", generate, "Draw images for prompts."))
+  _chat_flags(verb("chat", chat, "Answer a question about an image."))
+  _tokenize_flags(
+    verb("tokenize", tokenize, "Turn an image into codes, or codes back.")
+  )
+  _export_flags(
+    verb("export", export, "Write a model in the released PyTorch layout.")
+  )
+  for name, text in (
+    ("demo", "Run every part on a tiny model and write an HTML page."),
+    ("plan", "Compile for TPUs without one; print bytes per device."),
+    ("bench", "Time prefill, decoding and denoising against PyTorch."),
+  ):
+    verb(name, _module(name), text, passes_rest=True)
+  return parser
+
+
+def _module(name):
+  """`xomni_jax.<name>.main`, imported when it runs."""
+
+  def run(rest):
+    import importlib
+
+    return importlib.import_module(f"xomni_jax.{name}").main(rest)
+
+  return run
+
+
+def _model_flags(parser, *, flux):
+  parser.add_argument(
+    "--model",
+    "--model_name_or_path",
+    required=True,
+    metavar="PATH_OR_ID",
+    help="X-Omni folder in the released layout, or its hub id",
+  )
+  parser.add_argument(
+    "--flux",
+    "--flux_model_name_or_path",
+    metavar="PATH_OR_ID",
+    help=flux,
+  )
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    help="of parameters and matmuls; unset: float32 on CPU, else bfloat16",
+  )
+  parser.add_argument(
+    "--mesh",
+    metavar="AXES",
+    help="devices to use, such as data=2,tensor=4; unset: the first one",
+  )
+
+
+def _sampling_flags(parser, *, cfg):
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--temperature", type=float, default=1.0)
+  parser.add_argument(
+    "--top-k",
+    type=int,
+    default=0,
+    help="keep the k likeliest tokens, 0: all; the official script has no such "
+    "flag and silently runs with its library's 50: --top-k 50 is its behaviour",
+  )
+  parser.add_argument("--top-p", type=float, default=1.0)
+  parser.add_argument("--min-p", type=float, default=0.0)
+  parser.add_argument(
+    "--greedy", action="store_true", help="take the likeliest token"
+  )
+  if cfg:
+    parser.add_argument(
+      "--cfg-scale",
+      type=float,
+      default=1.0,
+      help="guidance when sampling codes, 1: none",
+    )
+
+
+def _generate_flags(parser):
+  _model_flags(
+    parser, flux="FLUX.1-dev folder or hub id; not needed with --codes-only"
+  )
+  what = parser.add_mutually_exclusive_group(required=True)
+  what.add_argument("--prompt")
+  what.add_argument(
+    "--prompts-file",
+    metavar="FILE",
+    help="a prompt a line, or JSONL (.jsonl) with fields prompt and, if you "
+    "like, id (names the images)",
+  )
+  parser.add_argument(
+    "--image-size",
+    type=int,
+    nargs="+",
+    metavar="PX",
+    help="H [W]; unset: a square of the checkpoint's longest side",
+  )
+  parser.add_argument(
+    "--num-images", type=int, default=1, help="images per prompt"
+  )
+  parser.add_argument(
+    "--batch-size", type=int, default=8, help="sequences sampled at once"
+  )
+  _sampling_flags(parser, cfg=True)
+  parser.add_argument(
+    "--codes-only",
+    action="store_true",
+    help="write the codes as JSON and paint nothing",
+  )
+  parser.add_argument(
+    "--output-path",
+    default="output.png",
+    metavar="PATH",
+    help="the image; for several, a folder or a name that gets numbers",
+  )
+
+
+def _chat_flags(parser):
+  _model_flags(parser, flux="accepted for the official script's sake; unused")
+  parser.add_argument("--prompt", required=True, help="the question")
+  parser.add_argument("--image-path", help="the image; unset: talk without one")
+  parser.add_argument("--max-new-tokens", type=int, default=512)
+  _sampling_flags(parser, cfg=False)
+  parser.set_defaults(greedy=True)
+  parser.add_argument(
+    "--sample",
+    dest="greedy",
+    action="store_false",
+    help="draw the answer instead of taking the likeliest tokens",
+  )
+
+
+def _tokenize_flags(parser):
+  _model_flags(parser, flux="FLUX.1-dev folder or hub id; only with --codes")
+  what = parser.add_mutually_exclusive_group(required=True)
+  what.add_argument("--image-path", help="image to turn into codes")
+  what.add_argument(
+    "--codes", metavar="FILE", help="JSON with height, width and codes to paint"
+  )
+  parser.add_argument(
+    "--prompt", default="", help="text the painter sees beside the codes"
+  )
+  parser.add_argument("--steps", type=int, help="of denoising")
+  parser.add_argument("--seed", type=int, default=0, help="of the noise")
+  parser.add_argument(
+    "--output-path",
+    metavar="PATH",
+    help="unset: JSON to standard output; an image needs a name",
+  )
+
+
+def _export_flags(parser):
+  parser.add_argument("source", metavar="SOURCE", help="model folder or hub id")
+  parser.add_argument("out", metavar="OUT", help="folder to make")
+  parser.add_argument(
+    "--dtype", choices=("float32", "bfloat16", "source"), default="source"
+  )
+  parser.add_argument(
+    "--vit-format",
+    choices=("pt", "safetensors"),
+    default="pt",
+    help="of the image tokenizer's two files; pt is the released one and "
+    "needs torch",
+  )
+
+
+def _load(args, flux=None):
+  """The model, and the seconds it took."""
+  start = time.monotonic()
+  import xomni_jax
+  from xomni_jax.mesh import parse_mesh
+
+  mesh = parse_mesh(args.mesh) if args.mesh else None
+  model = xomni_jax.load(
+    args.model, flux, args.dtype, mesh, progress=sys.stderr.isatty()
+  )
+  return model, time.monotonic() - start
+
+
+def _how(args, cfg_scale=1.0):
+  from xomni_jax.inference.sampling import Sampling
+
+  return Sampling(
+    args.temperature,
+    args.top_k,
+    args.top_p,
+    args.min_p,
+    args.greedy,
+    cfg_scale,
+  )
+
+
+def generate(args) -> None:
+  """`xomni generate`."""
+  from xomni_jax.inference import files
+
+  if not args.codes_only and args.flux is None:
+    raise InputError(
+      "painting needs FLUX.1-dev's parts; name them with --flux, or ask for "
+      "--codes-only"
+    )
+  if args.image_size and len(args.image_size) > 2:
+    raise InputError(
+      f"--image-size got {len(args.image_size)} numbers, expected H [W]"
+    )
+  prompts = (
+    files.read_prompts(args.prompts_file)
+    if args.prompts_file
+    else [files.Prompt(args.prompt)]
+  )
+  how = _how(args, args.cfg_scale)
+  kind = "json" if args.codes_only else "image"
+  paths = files.output_paths(args.output_path, prompts, args.num_images, kind)
+  model, seconds = _load(args, None if args.codes_only else args.flux)
+  px = model.pixels_per_token
+  size = args.image_size or [model.config.transform.long_size // px * px]
+  size = (size[0], size[-1])
+  done, spent = 0, {}
+  for part in model.stream(
+    [p.text for p in prompts],
+    size,
+    how,
+    seed=args.seed,
+    num_images=args.num_images,
+    decode=not args.codes_only,
+    batch_size=args.batch_size,
+  ):
+    for i, codes in enumerate(part.codes):
+      if args.codes_only:
+        files.write_codes(paths[done], codes)
+      else:
+        files.write_image(paths[done], part.images[i])
+      done += 1
+    for name, s in part.seconds.items():
+      spent[name] = spent.get(name, 0.0) + s
+  tokens = done * size[0] * size[1] // px**2
+  where = paths[0] if done == 1 else f"{paths[0]} .. {paths[-1].name}"
+  print(
+    f"{where}: {done} x {size[0]} x {size[1]} px; loading {seconds:.1f} s, "
+    f"sampling {tokens} tokens {spent['sampling']:.1f} s "
+    f"({tokens / spent['sampling']:.1f} tokens/s)"
+    + (
+      f", painting {spent['decoding']:.1f} s "
+      f"({spent['decoding'] / done:.2f} s an image)"
+      if "decoding" in spent
+      else ""
+    )
+  )
+
+
+def chat(args) -> None:
+  """`xomni chat`."""
+  from xomni_jax.data.images import open_image
+
+  image = open_image(args.image_path) if args.image_path else None
+  how = _how(args)
+  model, seconds = _load(args)
+  start = time.monotonic()
+  answer = model.chat(
+    image,
+    args.prompt,
+    max_new_tokens=args.max_new_tokens,
+    greedy=how.greedy,
+    seed=args.seed,
+    temperature=how.temperature,
+    top_k=how.top_k,
+    top_p=how.top_p,
+    min_p=how.min_p,
+  )
+  spent = time.monotonic() - start
+  tokens = len(model.tokenizer.encode(answer))
+  print(answer)
+  print(
+    f"loading {seconds:.1f} s, answering {tokens} tokens {spent:.1f} s "
+    f"({tokens / spent:.1f} tokens/s)",
+    file=sys.stderr,
+  )
+
+
+def tokenize(args) -> None:
+  """`xomni tokenize`."""
+  from xomni_jax.data.images import open_image
+  from xomni_jax.inference import files
+
+  if args.image_path:
+    image = open_image(args.image_path)
+    out = (
+      files.checked_path(args.output_path, "json") if args.output_path else None
+    )
+    model, _ = _load(args)
+    codes = model.encode(image)
+    if out is None:
+      print(json.dumps(files.codes_json(codes)))
+    else:
+      files.write_codes(out, codes)
+      print(f"{out}: {codes.shape[0]} x {codes.shape[1]} codes")
+    return
+  if args.flux is None or args.output_path is None:
+    raise InputError(
+      "painting codes needs FLUX.1-dev's parts and a name for the image; "
+      "give --flux and --output-path"
+    )
+  codes = files.read_codes(args.codes)
+  out = files.checked_path(args.output_path, "image")
+  model, _ = _load(args, args.flux)
+  from PIL import Image
+
+  pixels = model.decode(codes, args.prompt, steps=args.steps, seed=args.seed)
+  files.write_image(out, Image.fromarray(pixels))
+  print(f"{out}: {pixels.shape[0]} x {pixels.shape[1]} px")
+
+
+def export(args) -> None:
+  """`xomni export`."""
+  from tqdm import tqdm
+
+  from xomni_jax.inference import checkpoint
+
+  checkpoint.export(
+    args.source,
+    args.out,
+    None if args.dtype == "source" else args.dtype,
+    args.vit_format,
+    progress=lambda name, tensors, total: tqdm(
+      tensors,
+      desc=f"writing {name}",
+      unit="tensor",
+      total=total,
+      disable=not sys.stderr.isatty(),
+    ),
+  )
+  print(f"{args.out}: written")

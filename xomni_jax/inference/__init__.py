@@ -1,0 +1,1 @@
+"""From prompts to images and from images to answers."""
