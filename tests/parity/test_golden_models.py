@@ -26,6 +26,7 @@ LOGITS = 2e-4  # sums of 64 products of numbers up to 9
 
 UNROLLED = Compute(scan_layers=False)
 SCANNED = Compute(scan_layers=True)
+MODES = ("text", "image")
 FLOAT32_MIN = np.finfo(np.float32).min
 WITNESS = "golden values"
 
@@ -138,7 +139,7 @@ def test_encode_of_an_image_file_gives_the_golden_codes(tiny, golden):
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def ar_states(params, tokens, cfg, compute):
-  """Final-norm output, block inputs and outputs, logits in both modes."""
+  """Final-norm output, logits in both modes, what goes in and out of blocks."""
   model = ar.XOmniAR(cfg, compute)
   valid = jnp.ones(tokens.shape, bool)
   (hidden, _), calls = recorded(
@@ -147,11 +148,10 @@ def ar_states(params, tokens, cfg, compute):
       {"params": params}, tokens, ar.positions_of(valid), valid
     ),
   )
-  logits = [
-    ar.joint_logits(params, hidden, cfg, mode) for mode in ("text", "image")
-  ]
-  ins, outs = ([c[1][0] for c in calls], [c[2][0] for c in calls])
-  return hidden, ins, outs, *logits
+  logits = {m: ar.joint_logits(params, hidden, cfg, m) for m in MODES}
+  if compute.scan_layers:
+    return hidden, logits  # a scan keeps what is inside it
+  return hidden, logits, [c[1][0] for c in calls], [c[2][0] for c in calls]
 
 
 def check_joint_logits(ours, theirs, mode, quantity):
@@ -165,7 +165,7 @@ def check_joint_logits(ours, theirs, mode, quantity):
 
 
 def test_ar_matches_golden_after_embedding_and_every_block(tiny, golden):
-  hidden, ins, outs, text, image = ar_states(
+  hidden, logits, ins, outs = ar_states(
     tiny.params["ar"],
     golden["ar/mixed/input_ids"][None],
     tiny.config.ar,
@@ -178,13 +178,14 @@ def test_ar_matches_golden_after_embedding_and_every_block(tiny, golden):
   for ours, theirs in zip(outs, [*states[1:-1], last], strict=True):
     agree("AR", WITNESS, "every block", ours[0], theirs, TOLERANCE)
   agree("AR", WITNESS, "final norm", hidden[0], states[-1], TOLERANCE)
-  for ours, mode in ((text, "text"), (image, "image")):
+  for mode in MODES:
     theirs = golden[f"ar/mixed/logits_{mode}"]
-    check_joint_logits(np.asarray(ours[0]), theirs, mode, f"{mode} logits")
+    ours = np.asarray(logits[mode][0])
+    check_joint_logits(ours, theirs, mode, f"{mode} logits")
 
 
 def test_ar_scanned_matches_golden(tiny, golden):
-  hidden, _, _, text, image = ar_states(
+  hidden, logits = ar_states(
     tiny.params["ar"],
     golden["ar/mixed/input_ids"][None],
     tiny.config.ar,
@@ -192,9 +193,10 @@ def test_ar_scanned_matches_golden(tiny, golden):
   )
   states = golden["ar/mixed/hidden_states"]
   agree("AR", WITNESS, "final norm", hidden[0], states[-1], TOLERANCE)
-  for ours, mode in ((text, "text"), (image, "image")):
+  for mode in MODES:
     theirs = golden[f"ar/mixed/logits_{mode}"]
-    check_joint_logits(np.asarray(ours[0]), theirs, mode, f"{mode} logits")
+    ours = np.asarray(logits[mode][0])
+    check_joint_logits(ours, theirs, mode, f"{mode} logits")
 
 
 def test_ar_block_matches_golden_from_golden_input(tiny, golden):
@@ -222,7 +224,7 @@ def test_ar_block_matches_golden_from_golden_input(tiny, golden):
   assert position == 6
 
 
-@pytest.mark.parametrize("mode", ["text", "image"])
+@pytest.mark.parametrize("mode", MODES)
 def test_logits_of_a_left_padded_batch_match_golden(tiny, golden, mode):
   mask = golden["ar/batch/attention_mask"] == 1
   assert not mask.all()
@@ -334,8 +336,10 @@ def test_flux_blocks_match_golden_from_golden_input(tiny, golden):
 
 def test_flux_without_features_matches_golden(tiny, golden):
   inputs, grid = flux_inputs(golden)
-  args = (tiny.params["flux"], inputs, None, grid, flux_config(), UNROLLED)
-  out, _, _ = flux_states(*args)
+  model = flux.Flux(flux_config(), SCANNED)
+  out = jax.jit(model.apply, static_argnums=6)(
+    {"params": tiny.params["flux"]}, *inputs, grid
+  )
   theirs = golden["flux/out_no_siglip"]
   agree("FLUX", WITNESS, "velocity without features", out, theirs, TOLERANCE)
 

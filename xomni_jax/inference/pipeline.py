@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from xomni_jax.checkpoints import released
 from xomni_jax.config import Compute
-from xomni_jax.data import encoder_ids, images, protocol
+from xomni_jax.data import images, protocol
 from xomni_jax.errors import InputError
+from xomni_jax.inference import arguments, sampling
 from xomni_jax.inference import checkpoint as checkpoint_lib
-from xomni_jax.inference import flow, sampling
+from xomni_jax.inference.painter import Painter
 from xomni_jax.inference.sampling import Drawn, Sampling
 from xomni_jax.mesh import describe, make_mesh
-from xomni_jax.models import ar, siglip, text_encoders, vae, vq
+from xomni_jax.models import ar, siglip, vq
 
 # Prompts are padded to a multiple of this, so that a new length seldom means a
 # new program.
@@ -54,7 +55,7 @@ class Generated:
 def load(
   path_or_hub_id: str | pathlib.Path,
   flux: str | pathlib.Path | None = None,
-  dtype: str | None = None,
+  dtype: Any = None,
   mesh: jax.sharding.Mesh | None = None,
   *,
   progress: bool = False,
@@ -73,7 +74,7 @@ def load(
   """
   mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
   on_cpu = mesh.devices.flat[0].platform == "cpu"
-  dtype = dtype or ("float32" if on_cpu else "bfloat16")
+  dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16)).name
   compute = Compute(dtype=dtype, scan_layers=not on_cpu)
   opened = checkpoint_lib.open_checkpoint(path_or_hub_id)
   cfg = opened.config.ar
@@ -120,17 +121,9 @@ class Model:
     self.params = params
     self.mesh = mesh
     self.compute = compute
-    self._opened = opened
-    self._decoder = decoder
+    self._vit = opened.siglip
+    self._painter = decoder and Painter(decoder, params, compute, progress)
     self._progress = progress
-    self._embedded: dict[tuple[str, ...], tuple[jax.Array, jax.Array]] = {}
-    if decoder:
-      self._clip_ids = encoder_ids.load_clip_tokenizer(
-        decoder.folder / "tokenizer", decoder.clip.max_position_embeddings
-      )
-      self._t5_ids = encoder_ids.load_t5_tokenizer(
-        decoder.folder / "tokenizer_2"
-      )
 
   def __repr__(self) -> str:
     parts = ", ".join(self.params)
@@ -157,7 +150,7 @@ class Model:
         self.params["siglip"],
         self.params["vq"],
         pixels[None],
-        vit=self._opened.siglip,
+        vit=self._vit,
         quantiser=self.config.vq,
         compute=self.compute,
       )
@@ -188,59 +181,25 @@ class Model:
     Raises:
       InputError: bad arguments, or the model was loaded without `flux`.
     """
-    decoder = self._need_decoder()
-    codes = self._check_codes(codes)
-    steps = self.config.decoder.num_inference_steps if steps is None else steps
-    scale = self.config.decoder.cfg_scale if cfg_scale is None else cfg_scale
-    if not isinstance(steps, int) or steps < 1:
-      raise InputError(f"steps is {steps!r}, expected a whole number from 1")
-    if not 1 <= scale < float("inf"):
-      raise InputError(f"cfg_scale is {scale}, expected at least 1")
-    h, w = grid = codes.shape
-    shape = (1, decoder.vae.latent_channels, 2 * h, 2 * w)
-    if noise is None:
-      # On the host: the same noise on every kind of device.
-      noise = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    elif np.shape(noise) != shape:
-      raise InputError(
-        f"noise is {list(np.shape(noise))}, expected {list(shape)} for "
-        f"{h} x {w} codes"
-      )
-    prompts = (prompt,) if scale == 1 else (prompt, "")
+    painter = self._need_painter()
+    codes = arguments.codes_grid(codes, self.config.vq.codebook_size)
+    default = self.config.decoder
     with jax.set_mesh(self.mesh):
-      text, pooled = self._embed(prompts)
       features = _features(
         self.params["vq"],
         codes[None],
         quantiser=self.config.vq,
         compute=self.compute,
       )
-      latents = flow.pack(jnp.asarray(noise, jnp.float32))
-      levels = flow.sigmas(decoder.scheduler, h * w, steps)
-      for i in self._bar(range(steps), "denoising", "step"):
-        latents = flow.euler_step(
-          self.params["flux"],
-          latents,
-          levels[i],
-          levels[i + 1],
-          text,
-          pooled,
-          features,
-          cfg=decoder.flux,
-          compute=self.compute,
-          grid=grid,
-          cfg_scale=float(scale),
-        )
-        if self._progress:
-          latents.block_until_ready()
-      image = _paint(
-        self.params["vae"],
-        latents,
-        grid=grid,
-        cfg=decoder.vae,
-        compute=self.compute,
+      return painter.paint(
+        features,
+        codes.shape,
+        prompt,
+        steps=default.num_inference_steps if steps is None else steps,
+        cfg_scale=default.cfg_scale if cfg_scale is None else cfg_scale,
+        seed=seed,
+        noise=noise,
       )
-    return np.asarray(image[0])
 
   def generate(
     self,
@@ -308,14 +267,15 @@ class Model:
     batch_size: int | None = None,
   ) -> Iterator[Generated]:
     """`generate` batch by batch, for work that is stored as it is made."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if decode:
-      self._need_decoder()
-    self._check_request(prompts, num_images, batch_size)
-    h, w = self._grid(size)
+      self._need_painter()
+    prompts = arguments.prompts_list(prompts)
+    arguments.at_least_one(num_images=num_images, batch_size=batch_size)
+    h, w = arguments.grid_of(size, self.pixels_per_token)
     prefix = self.tokenizer.encode(protocol.image_prefix(h, w))
     ids = [self.tokenizer.encode(p) for p in prompts]
-    self._check_length(max(map(len, ids)) + len(prefix) + h * w)
+    longest = max(map(len, ids)) + len(prefix) + h * w
+    arguments.fits_positions(longest, self.config.ar)
 
     keys = sampling.sequence_keys(seed, len(ids) * num_images)
     each = max(1, (batch_size or len(keys)) // num_images)
@@ -363,16 +323,13 @@ class Model:
     """
     if not question.strip():
       raise InputError("question is empty; say what to answer")
-    if max_new_tokens < 1:
-      raise InputError(
-        f"max_new_tokens is {max_new_tokens}, expected at least 1"
-      )
+    arguments.at_least_one(max_new_tokens=max_new_tokens)
     how = Sampling(temperature, top_k, top_p, min_p, greedy)
     content = question
     if image is not None:
       content = f"{protocol.image_string(self.encode(image))}\n{question}"
     ids = self.tokenizer.encode(self.tokenizer.chat_prompt(content))
-    self._check_length(len(ids) + max_new_tokens)
+    arguments.fits_positions(len(ids) + max_new_tokens, self.config.ar)
     # Rounded up to whole runs, so that another limit is no other program.
     runs = -(-max_new_tokens // _TEXT_RUN)
     tokens: list[int] = []
@@ -416,30 +373,14 @@ class Model:
       InputError: bad arguments.
     """
     cfg = self.config.ar
-    tokens = np.asarray(tokens)
-    total = cfg.vocab_size + cfg.mm_vocab_size
-    if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
-      raise InputError(
-        f"tokens are {tokens.dtype}{list(tokens.shape)}, expected i32[B, T]"
-      )
-    if tokens.min() < 0 or tokens.max() >= total:
-      raise InputError(
-        f"tokens lie in {tokens.min()}..{tokens.max()}, expected 0..{total - 1}"
-      )
+    tokens, mask = arguments.tokens_and_mask(tokens, mask, cfg)
     if mode not in ("text", "image"):
       raise InputError(f"mode is {mode!r}, expected 'text' or 'image'")
-    mask = (
-      np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
-    )
-    if mask.shape != tokens.shape:
-      raise InputError(
-        f"mask is {list(mask.shape)}, expected {list(tokens.shape)} as tokens"
-      )
     with jax.set_mesh(self.mesh):
       return np.asarray(
         _logits(
           self.params["ar"],
-          tokens.astype(np.int32),
+          tokens,
           mask,
           cfg=cfg,
           compute=self.compute,
@@ -501,82 +442,18 @@ class Model:
       copies=copies,
     )
 
-  def _embed(self, prompts: tuple[str, ...]):
-    """T5 features [n, T, E] and pooled CLIP vectors [n, P] of prompts."""
-    if prompts not in self._embedded:
-      decoder = self._decoder
-      # Only the last prompts are kept: one prompt's images are decoded in turn.
-      self._embedded = {
-        prompts: _embed(
-          self.params["t5"],
-          self.params["clip"],
-          self._t5_ids(list(prompts)),
-          self._clip_ids(list(prompts)),
-          t5=decoder.t5,
-          clip=decoder.clip,
-          compute=self.compute,
-        )
-      }
-    return self._embedded[prompts]
-
   def _bar(self, items, what, unit, total=None):
     return tqdm(
       items, desc=what, unit=unit, total=total, disable=not self._progress
     )
 
-  def _need_decoder(self):
-    if self._decoder is None:
+  def _need_painter(self):
+    if self._painter is None:
       raise InputError(
         "decoding needs the FLUX.1-dev parts, none were loaded; "
         "name their folder as `flux` (--flux), or ask for codes only"
       )
-    return self._decoder
-
-  def _grid(self, size) -> tuple[int, int]:
-    """(h, w) in codes of (height, width) in px."""
-    px = self.pixels_per_token
-    if len(size) != 2 or any(s < px or s % px for s in size):
-      raise InputError(
-        f"size is {' x '.join(map(str, size))} px, expected height and width "
-        f"as multiples of the {px} px of a token; try "
-        + " x ".join(str(max(px, round(s / px) * px)) for s in size)
-      )
-    return size[0] // px, size[1] // px
-
-  def _check_codes(self, codes) -> np.ndarray:
-    codes = np.asarray(codes)
-    if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
-      raise InputError(
-        f"codes are {codes.dtype}{list(codes.shape)}, expected i32[h, w]"
-      )
-    size = self.config.vq.codebook_size
-    if codes.min() < 0 or codes.max() >= size:
-      raise InputError(
-        f"codes lie in {codes.min()}..{codes.max()}, expected 0..{size - 1}, "
-        "the codebook's"
-      )
-    return codes.astype(np.int32)
-
-  def _check_request(self, prompts, num_images, batch_size):
-    empty = [i for i, p in enumerate(prompts) if not p.strip()]
-    if empty or not prompts:
-      raise InputError(
-        f"prompt {empty[0] + 1 if empty else 1} of {max(1, len(prompts))} is "
-        "empty; say what to draw"
-      )
-    if num_images < 1 or (batch_size is not None and batch_size < 1):
-      raise InputError(
-        f"num_images is {num_images} and batch_size {batch_size}, expected at "
-        "least 1"
-      )
-
-  def _check_length(self, tokens):
-    limit = self.config.ar.max_position_embeddings
-    if tokens > limit:
-      raise InputError(
-        f"{tokens} tokens with the prompt, the model has {limit} positions; "
-        "shorten the prompt or lower the size"
-      )
+    return self._painter
 
 
 @partial(jax.jit, static_argnames=("vit", "quantiser", "compute"))
@@ -595,27 +472,6 @@ def _features(vq_params, codes, *, quantiser, compute):
     {"params": vq_params}, codes, method="decode"
   )
   return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-@partial(jax.jit, static_argnames=("t5", "clip", "compute"))
-def _embed(t5_params, clip_params, t5_ids, clip_ids, *, t5, clip, compute):
-  """T5 features [B, T, E] and pooled CLIP vectors [B, P]."""
-  text = text_encoders.T5Encoder(t5, compute).apply(
-    {"params": t5_params}, t5_ids
-  )
-  _, pooled = text_encoders.CLIPText(clip, compute).apply(
-    {"params": clip_params}, clip_ids
-  )
-  return text, pooled
-
-
-@partial(jax.jit, static_argnames=("grid", "cfg", "compute"))
-def _paint(vae_params, latents, *, grid, cfg, compute):
-  """u8[B, H, W, 3] of packed latents."""
-  latents = vae.from_model_space(flow.unpack(latents, grid), cfg)
-  image = vae.decode(vae_params, latents, cfg, compute).astype(jnp.float32)
-  image = jnp.clip(image / 2 + 0.5, 0, 1)
-  return jnp.round(image * 255).astype(jnp.uint8)
 
 
 @partial(jax.jit, static_argnames=("cfg", "compute", "mode"))

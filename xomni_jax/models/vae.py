@@ -68,7 +68,8 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     B, H, W, C = x_BHWC.shape
-    dense = lambda name: nn.Dense(C, dtype=self.compute.dtype, name=name)
+    dtype = jnp.dtype(self.compute.dtype)
+    dense = lambda name: nn.Dense(C, dtype=dtype, name=name)
     norm = _norm(self.cfg, self.compute, "group_norm")
     h_BTC = norm(x_BHWC).reshape(B, H * W, C)
     out_BTNC = attention(

@@ -1,0 +1,89 @@
+"""Checks of what callers pass to the public API; each raises InputError."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from xomni_jax.config import ARConfig
+from xomni_jax.errors import InputError
+
+
+def codes_grid(codes, codebook_size: int) -> np.ndarray:
+  """i32[h, w] within the codebook."""
+  codes = np.asarray(codes)
+  if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
+    raise InputError(
+      f"codes are {codes.dtype}{list(codes.shape)}, expected i32[h, w]"
+    )
+  if codes.min() < 0 or codes.max() >= codebook_size:
+    raise InputError(
+      f"codes lie in {codes.min()}..{codes.max()}, expected "
+      f"0..{codebook_size - 1}, the codebook's"
+    )
+  return codes.astype(np.int32)
+
+
+def grid_of(size: Sequence[int], px: int) -> tuple[int, int]:
+  """(h, w) in codes of (height, width) in px, `px` a code."""
+  if len(size) != 2 or any(s < px or s % px for s in size):
+    tries = " x ".join(str(max(px, round(s / px) * px)) for s in size)
+    raise InputError(
+      f"size is {' x '.join(map(str, size))} px, expected height and width as "
+      f"multiples of the {px} px of a token; try {tries}"
+    )
+  return size[0] // px, size[1] // px
+
+
+def prompts_list(prompts: str | Sequence[str]) -> list[str]:
+  """One or more texts, none of them blank."""
+  prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+  empty = [i + 1 for i, p in enumerate(prompts) if not p.strip()]
+  if empty or not prompts:
+    raise InputError(
+      f"prompt {empty[0] if empty else 1} of {max(1, len(prompts))} is empty; "
+      "say what to draw"
+    )
+  return prompts
+
+
+def at_least_one(**values: int | None) -> None:
+  """Whole numbers from 1; None passes."""
+  bad = [
+    f"{name} is {value!r}"
+    for name, value in values.items()
+    if value is not None and (type(value) is not int or value < 1)
+  ]
+  if bad:
+    raise InputError(f"{', '.join(bad)}; expected a whole number from 1")
+
+
+def fits_positions(tokens: int, cfg: ARConfig) -> None:
+  """Whether so many tokens fit into the model's positions."""
+  if tokens > cfg.max_position_embeddings:
+    raise InputError(
+      f"{tokens} tokens with the prompt, the model has "
+      f"{cfg.max_position_embeddings} positions; shorten the prompt or ask for "
+      "less"
+    )
+
+
+def tokens_and_mask(
+  tokens, mask, cfg: ARConfig
+) -> tuple[np.ndarray, np.ndarray]:
+  """i32[B, T] joint ids, and bool[B, T] (None: all True)."""
+  tokens = np.asarray(tokens)
+  total = cfg.vocab_size + cfg.mm_vocab_size
+  if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
+    raise InputError(
+      f"tokens are {tokens.dtype}{list(tokens.shape)}, expected i32[B, T]"
+    )
+  if tokens.min() < 0 or tokens.max() >= total:
+    raise InputError(
+      f"tokens lie in {tokens.min()}..{tokens.max()}, expected 0..{total - 1}"
+    )
+  mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
+  if mask.shape != tokens.shape:
+    raise InputError(
+      f"mask is {list(mask.shape)}, expected {list(tokens.shape)} as tokens"
+    )
+  return tokens.astype(np.int32), mask
