@@ -1,0 +1,261 @@
+"""`xomni bench`: how fast the models are, beside the same in PyTorch.
+
+Two kinds of run:
+
+- `xomni bench` takes about 100M parameters of either model on the CPU, with
+  the same weights in JAX and in PyTorch, checks that both compute the same, and
+  prints the ratio of their speeds.
+- `xomni bench --size 7b` takes the full sizes with random bfloat16 weights on
+  one GPU, every model and framework in its own process, and prints besides what
+  share of the device's bandwidth or arithmetic is used. `--size tiny` is the
+  same in small, on whatever there is, to see that it runs.
+
+Speeds are medians of several calls, without the first, which compiles.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from xomni_jax.bench import compare, measure, part, roofline, work
+from xomni_jax.config import Compute
+from xomni_jax.errors import InputError
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_LOADS = {
+  # The released image size: 1152 px, 5184 tokens.
+  "7b": work.Load(
+    prompt=1024, steps=64, batches=(1, 64), grid=(72, 72), text=512
+  ),
+  "tiny": work.Load(prompt=16, steps=4, batches=(1, 4), grid=(2, 3), text=8),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message):
+    raise InputError(f"bench: {message}")
+
+
+def main(argv: list[str]) -> int:
+  """Runs the benchmark; 0, or 1 if a part of it failed.
+
+  Raises:
+    InputError: bad arguments, or `--size 7b` without a GPU.
+  """
+  args = _parse(argv)
+  print(f"{measure.processor()}; {measure.versions()}", flush=True)
+  if args.size == "100m":
+    report = _small(args)
+  else:
+    report = _full(args)
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+  return int(any("failed" in p for p in report.get("parts", {}).values()))
+
+
+def _parse(argv):
+  parser = _Parser(prog="xomni bench", description=__doc__.split("\n\n")[0])
+  add = parser.add_argument
+  add(
+    "--size",
+    choices=("100m", *_LOADS),
+    default="100m",
+    help="100m: JAX and PyTorch on the CPU; 7b: full sizes on a GPU; tiny: "
+    "like 7b, in small and without a GPU (default: %(default)s)",
+  )
+  add(
+    "--config",
+    default=str(_ROOT / "configs" / "model.py"),
+    metavar="FILE",
+    help="sizes of 7b and tiny (default: configs/model.py of the clone)",
+  )
+  add(
+    "--repeats",
+    type=int,
+    default=5,
+    help="timed calls a figure (default: %(default)s)",
+  )
+  add(
+    "--scan",
+    action=argparse.BooleanOptionalAction,
+    help="JAX runs the layers as a scan (default: yes, but not for 100m)",
+  )
+  add(
+    "--bandwidth",
+    type=float,
+    metavar="TB/S",
+    help="peak memory bandwidth, for a GPU not in the table or to override it",
+  )
+  add(
+    "--flops",
+    type=float,
+    metavar="TFLOP/S",
+    help="peak dense bfloat16 arithmetic, likewise",
+  )
+  add("--json", metavar="FILE", help="write the figures there too")
+  args = parser.parse_args(argv)
+  for name in ("repeats", "bandwidth", "flops"):
+    value = getattr(args, name)
+    if value is not None and not 0 < value < float("inf"):
+      raise InputError(f"--{name} is {value}, expected a number above 0")
+  if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
+    raise InputError(f"--json {args.json}: its folder does not exist")
+  if args.scan is None:
+    args.scan = args.size != "100m"
+  return args
+
+
+def _small(args) -> dict[str, Any]:
+  """The comparison on the CPU, printed; returns what `--json` writes."""
+  ar_cfg, flux_cfg = compare.AR_100M, compare.FLUX_100M
+  load, compute = compare.LOAD_100M, Compute(scan_layers=args.scan)
+  report = compare.compare(ar_cfg, flux_cfg, load, compute, args.repeats)
+  print(small_table(report))
+  about = {"size": args.size, "device": measure.processor()}
+  about |= {"versions": measure.versions(), "load": dataclasses.asdict(load)}
+  return about | report
+
+
+def small_table(report: dict[str, Any]) -> str:
+  """The comparison, with a line above it about what was compared."""
+  counts = report["parameters"]
+  sizes = ", ".join(f"{name} {n / 1e6:.1f}M" for name, n in counts.items())
+  lines = [f"float32 parameters: {sizes}; largest difference as a share of the"]
+  lines += ["largest value; ratio is JAX / PyTorch, above 1 JAX is faster"]
+  if report["absent"]:
+    lines.append(f"not installed: {', '.join(report['absent'])}")
+  rows = []
+  for figure, entry in report["figures"].items():
+    difference = entry["difference"]
+    rows.append(
+      [
+        figure,
+        measure.number(entry.get("jax")),
+        measure.number(entry.get("torch")),
+        measure.number(entry.get("ratio")),
+        "-" if difference is None else f"{difference:.0e}",
+      ]
+    )
+  header = ["", "JAX", "PyTorch", "ratio", "difference"]
+  return "\n".join([*lines, measure.table(header, rows)])
+
+
+def _full(args) -> dict[str, Any]:
+  """The parts one after the other, printed; returns what `--json` writes."""
+  part.read_architecture(args.config, args.size)  # fails before the first part
+  load = _LOADS[args.size]
+  parts = {}
+  for model in ("ar", "flux"):
+    for framework in ("jax", "torch"):
+      parts[f"{model} {framework}"] = found = _run_part(
+        args, model, framework, load
+      )
+      if "refused" in found:
+        raise InputError(found["refused"])
+  device = parts["ar jax"].get("device", "unknown device")
+  peak = roofline.peak(device, args.bandwidth, args.flops)
+  print(full_table(parts, load, peak))
+  return {
+    "size": args.size,
+    "device": device,
+    "versions": measure.versions(),
+    "load": dataclasses.asdict(load),
+    "scan_layers": args.scan,
+    "peak": dataclasses.asdict(peak),
+    "parts": parts,
+  }
+
+
+def _run_part(args, model, framework, load) -> dict[str, Any]:
+  """Results of one part (see `part.run`), run in its own process."""
+  env = os.environ | {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "PYTHONPATH": os.pathsep.join(
+      filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])
+    ),
+  }
+  env.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
+  with tempfile.TemporaryDirectory() as folder:
+    out = pathlib.Path(folder) / "results.json"
+    task = part.Task(
+      model=model,
+      framework=framework,
+      config=args.config,
+      size=args.size,
+      gpu=args.size != "tiny",
+      scan=args.scan,
+      repeats=args.repeats,
+      load=dataclasses.asdict(load),
+      out=str(out),
+    )
+    done = subprocess.run(
+      [sys.executable, "-m", "xomni_jax.bench.part"]
+      + [json.dumps(dataclasses.asdict(task))],
+      env=env,
+      stdout=subprocess.DEVNULL,
+    )
+    found = json.loads(out.read_text()) if out.exists() else {"figures": {}}
+  if done.returncode:  # killed, so it could not say why
+    found["failed"] = f"exit status {done.returncode}"
+  return found
+
+
+def full_table(
+  parts: dict[str, Any], load: work.Load, peak: roofline.Peak
+) -> str:
+  """All figures of both frameworks with their share of the peak."""
+  ours = {"ar": parts["ar jax"], "flux": parts["flux jax"]}
+  counts = {n: p["parameters"] for n, p in ours.items() if "parameters" in p}
+  sizes = ", ".join(f"{n} {c / 1e9:.3g}B" for n, c in counts.items())
+  lines = [f"{part.DTYPE} parameters: {sizes}; peak {peak.source};"]
+  lines += ["ratio is of speeds, JAX / PyTorch; share is of the peak: decoding"]
+  lines += ["of the bandwidth, denoising of the arithmetic"]
+  rows = []
+  for model, figures in load.figures().items():
+    pair = [parts[f"{model} {framework}"] for framework in ("jax", "torch")]
+    for figure in figures:
+      speeds = [found["figures"].get(figure) for found in pair]
+      shares = [
+        _share(speed, figures[figure], figure, pair[0], load, peak)
+        for speed in speeds
+      ]
+      rows.append([figure, *_pair(speeds), *shares])
+      if figure == load.denoise:
+        seconds = [speed and 1 / speed for speed in speeds]
+        shown = map(measure.number, seconds)
+        rows.append([figure.replace("steps/s", "s/step"), *shown, "", "", ""])
+    gib = [found.get("memory") for found in pair]
+    gib = [size and size / 2**30 for size in gib]
+    name = f"{model} peak memory, GiB"
+    rows.append([name, *map(measure.number, gib), "", "", ""])
+  header = ["", "JAX", "PyTorch", "ratio", "JAX share", "PyTorch share"]
+  lines.append(measure.table(header, rows))
+  for name, found in parts.items():
+    lines += [
+      f"{name} {word}: {found[word]}"
+      for word in ("absent", "failed")
+      if word in found
+    ]
+  return "\n".join(lines)
+
+
+def _pair(speeds):
+  """Both numbers and their ratio."""
+  ratio = speeds[0] / speeds[1] if all(speeds) else None
+  return [*map(measure.number, speeds), measure.number(ratio)]
+
+
+def _share(speed, amount, figure, found, load, peak) -> str:
+  """Share of the peak at which a speed (units/s) is."""
+  needs = found.get("needs", {}).get(figure)
+  rate = peak.flops if figure == load.denoise else peak.bandwidth
+  if not (speed and needs and rate):
+    return "-"
+  steps = amount / load.steps if figure != load.denoise else 1
+  return f"{100 * needs * speed / steps / rate:.1f} %"

@@ -332,7 +332,11 @@ def torch_flux(cfg: FluxConfig, model: Any, load: Load) -> Makers:
   def make():
     to = {"dtype": model.dtype, "device": model.device}
     latents, text, pooled = map(torch.tensor, denoising_inputs(cfg, load))
-    latents, text, pooled = latents.to(to["device"]), text.to(**to), pooled.to(**to)
+    latents, text, pooled = (
+      latents.to(to["device"]),
+      text.to(**to),
+      pooled.to(**to),
+    )
     h, w = load.grid
     cells = torch.cartesian_prod(torch.arange(h), torch.arange(w))
     ids = torch.cat([torch.zeros(h * w, 1), cells], 1).to(**to)

@@ -1,0 +1,163 @@
+"""JAX and PyTorch on the CPU, in one process and with the same weights."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xomni_jax import params as params_lib
+from xomni_jax.bench import measure, work
+from xomni_jax.config import ARConfig, Compute, FluxConfig
+from xomni_jax.models import ar, flux
+
+# Largest difference that counts as the same result, as a share of the largest
+# value: float32 sums in another order leave 1e-6 to 1e-5.
+_TOLERANCE = 1e-3
+
+# About 100M parameters each, with the proportions of the full-size models:
+# heads of 64 and 128, few key/value heads, one double block for two single
+# ones. No vision-only blocks, so that transformers' Qwen2 is the same model.
+AR_100M = ARConfig(
+  vocab_size=1,
+  image_vocab_size=16384,
+  mm_vocab_size=16384,
+  hidden_size=640,
+  intermediate_size=3072,
+  num_hidden_layers=12,
+  num_mm_adap_layers=0,
+  num_mm_head_layers=0,
+  num_attention_heads=10,
+  num_key_value_heads=2,
+  rope_theta=1e6,
+  rms_norm_eps=1e-6,
+  max_position_embeddings=4096,
+)
+FLUX_100M = FluxConfig(
+  num_layers=4,
+  num_single_layers=8,
+  num_attention_heads=5,
+  attention_head_dim=128,
+  in_channels=64,
+  joint_attention_dim=512,
+  pooled_projection_dim=512,
+  guidance_embeds=True,
+  axes_dims_rope=(16, 56, 56),
+  siglip_channels=64,
+)
+# 512 x 512 px with FLUX's 512 text tokens.
+LOAD_100M = work.Load(
+  prompt=512, steps=32, batches=(1, 8), grid=(32, 32), text=512
+)
+
+
+def compare(
+  ar_cfg: ARConfig,
+  flux_cfg: FluxConfig,
+  load: work.Load,
+  compute: Compute,
+  repeats: int,
+) -> dict[str, Any]:
+  """Speeds of both frameworks in float32.
+
+  Returns:
+    parameters: {model: count}; absent: packages without which PyTorch's
+    speeds are None; figures: {figure: {"jax", "torch": units/s, "ratio",
+    "difference"}}, where the difference is the largest one between the two
+    results as a share of the largest value, and `logits` stands for
+    the AR model's logits (a difference only).
+  Raises:
+    RuntimeError: the results differ, so that a ratio would mean nothing.
+  """
+  threads = not measure.absent("torch")
+  if threads:
+    import torch
+
+    torch.set_num_threads(measure.cores())
+  out: dict[str, Any] = {"parameters": {}, "absent": [], "figures": {}}
+  for name, cfg, needed in (
+    ("ar", ar_cfg, ("torch", "transformers")),
+    ("flux", flux_cfg, ("torch", "diffusers")),
+  ):
+    measure.say(f"{name}: weights ...")
+    missing = measure.absent(*needed)
+    out["absent"] += [p for p in missing if p not in out["absent"]]
+    tree = (ar if name == "ar" else flux).abstract(cfg)
+    out["parameters"][name] = work.count(tree)
+    params = work.random_params(tree, "float32")
+    makers = [_jax_makers(name, cfg, compute, params, load)]
+    if not missing:
+      model = _torch_model(name, cfg, params)
+      makers.append(_torch_makers(name, cfg, model, load))
+      if name == "ar":
+        out["figures"]["logits"] = {
+          "difference": _logits_difference(cfg, compute, params, model)
+        }
+    for figure, amount in load.figures()[name].items():
+      start = time.perf_counter()
+      calls = [make[figure]() for make in makers]
+      results = [call() for call in calls]  # the warm-up
+      seconds = measure.median_seconds(calls, repeats)
+      speeds = [amount / s for s in seconds]
+      took = time.perf_counter() - start
+      shown = " | ".join(map(measure.number, speeds))
+      measure.say(f"{name}: {figure}: {shown} ({took:.0f} s)")
+      entry = {"jax": speeds[0], "torch": None, "ratio": None}
+      entry["difference"] = None
+      if len(speeds) > 1:
+        entry |= {"torch": speeds[1], "ratio": speeds[0] / speeds[1]}
+        entry["difference"] = _difference(figure, *results)
+      out["figures"][figure] = entry
+  return out
+
+
+def _jax_makers(name, cfg, compute, params, load):
+  return (work.jax_ar if name == "ar" else work.jax_flux)(
+    cfg, compute, params, load
+  )
+
+
+def _torch_makers(name, cfg, model, load):
+  return (work.torch_ar if name == "ar" else work.torch_flux)(cfg, model, load)
+
+
+def _torch_model(name, cfg, params):
+  """The PyTorch model with our weights, by the parameter table."""
+  module, make = {
+    "ar": (ar, work.torch_qwen2),
+    "flux": (flux, work.torch_flux_model),
+  }[name]
+  state = dict(params_lib.to_torch(module.rows(cfg), params))
+  return make(cfg, "float32", "cpu", state)
+
+
+def _logits_difference(cfg, compute, params, model) -> float:
+  """Of the logits at every position of a prompt, without a cache."""
+  import torch
+
+  codes = work.codes(cfg, 32)
+
+  @jax.jit
+  def logits(params, tokens):
+    valid = jnp.ones(tokens.shape, bool)
+    hidden, _ = ar.XOmniAR(cfg, compute).apply(
+      {"params": params}, tokens, ar.positions_of(valid), valid
+    )
+    return ar.image_logits(params, hidden, cfg)
+
+  ours = np.asarray(logits(params, codes + cfg.vocab_size))
+  with torch.inference_mode():
+    theirs = model(torch.tensor(codes).long()).logits.numpy()
+  return _difference("logits", ours, theirs)
+
+
+def _difference(what, ours, theirs) -> float:
+  """Largest difference as a share of the largest value."""
+  value = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+  if not value <= _TOLERANCE:
+    raise RuntimeError(
+      f"{what}: JAX and PyTorch differ by {value:.1e} of the largest value, "
+      f"expected at most {_TOLERANCE:.0e}; their times can't be compared"
+    )
+  return value
