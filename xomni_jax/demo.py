@@ -280,8 +280,8 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem;
        max-width: 60rem; color: #222; background: #fff; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; }
-.figures { display: grid; gap: 1.5rem;
-           grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
+.figures { display: grid; gap: 1.5rem; grid-template-columns: repeat(3, 1fr); }
+@media (max-width: 40rem) { .figures { grid-template-columns: 1fr; } }
 figure { margin: 0; }
 img { width: 100%; height: 12rem; object-fit: contain; object-position: left;
       image-rendering: pixelated; }

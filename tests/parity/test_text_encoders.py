@@ -8,7 +8,8 @@ import pytest
 
 from tests.helpers import (
   GOLDEN,
-  golden,
+  agree,
+  layer,
   max_difference,
   params_from_torch,
   randomise,
@@ -27,19 +28,13 @@ from xomni_jax.models import text_encoders as te
 TOLERANCE = 1e-4
 
 CLIP_CONFIGS = {
-  "gelu, eos 7": CLIPConfig(50, 32, 48, 3, 4, 20, 1e-3, "gelu", 7),
+  "gelu, eos 7": CLIPConfig(50, 32, 48, 2, 4, 20, 1e-3, "gelu", 7),
   "quick_gelu, eos 2": CLIPConfig(60, 24, 100, 2, 2, 9, 1e-5, "quick_gelu", 2),
 }
 T5_CONFIGS = {
-  "heads wider": T5Config(40, 24, 8, 60, 3, 5, 16, 40, 1e-6),
+  "heads wider": T5Config(40, 24, 8, 60, 2, 5, 16, 40, 1e-6),
   "heads narrower": T5Config(50, 32, 6, 20, 2, 3, 32, 128, 1e-3),
 }
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-  with jax.default_matmul_precision("highest"):
-    yield
 
 
 def clip_params(cfg, state):
@@ -138,58 +133,59 @@ def apply(model, params, *args):
   return model.apply({"params": params}, *args)
 
 
-def layer(params, i):
-  return jax.tree.map(lambda leaf: leaf[i], params["blocks"])
-
-
-def test_clip_matches_golden():
+def test_clip_matches_golden(golden):
   cfg, params = tiny_clip()
-  hidden, pooled = apply(te.CLIPText(cfg), params, golden()["text/clip_ids"])
-  assert max_difference(hidden, golden()["text/clip_hidden"]) < TOLERANCE
-  assert max_difference(pooled, golden()["text/clip_pooled"]) < TOLERANCE
+  hidden, pooled = apply(te.CLIPText(cfg), params, golden["text/clip_ids"])
+  witness = ("CLIP", "golden values")
+  agree(
+    *witness, "hidden states", hidden, golden["text/clip_hidden"], TOLERANCE
+  )
+  agree(*witness, "pooled", pooled, golden["text/clip_pooled"], TOLERANCE)
 
 
-def test_t5_matches_golden():
+def test_t5_matches_golden(golden):
   cfg, params = tiny_t5()
-  hidden = apply(te.T5Encoder(cfg), params, golden()["text/t5_ids"])
-  assert max_difference(hidden, golden()["text/t5_hidden"]) < TOLERANCE
+  ours = apply(te.T5Encoder(cfg), params, golden["text/t5_ids"])
+  theirs = golden["text/t5_hidden"]
+  agree("T5", "golden values", "hidden states", ours, theirs, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CLIP_CONFIGS)
-def test_clip_matches_transformers(name):
+def test_clip_and_its_blocks_match_transformers(name):
   cfg, model, params = reference_clip(name)
   import torch
 
+  witness = ("CLIP", "transformers")
   ids = clip_ids(cfg)
   theirs = model(torch.from_numpy(ids), output_hidden_states=True)
   hidden, pooled = apply(te.CLIPText(cfg), params, ids)
-  assert max_difference(hidden, theirs.last_hidden_state) < TOLERANCE
-  assert max_difference(pooled, theirs.pooler_output) < TOLERANCE
+  agree(*witness, "hidden states", hidden, theirs.last_hidden_state, TOLERANCE)
+  agree(*witness, "pooled", pooled, theirs.pooler_output, TOLERANCE)
   block = te.CLIPBlock(cfg, Compute())
   # The last block's own output is not among their hidden states.
   for i in range(cfg.num_hidden_layers - 1):
     x, want = (theirs.hidden_states[j].numpy() for j in (i, i + 1))
-    assert (
-      max_difference(apply(block, layer(params, i), x)[0], want) < TOLERANCE
-    )
+    ours, _ = apply(block, layer(params["blocks"], i), x)
+    agree(*witness, "one block", ours, want, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", T5_CONFIGS)
-def test_t5_matches_transformers(name):
+def test_t5_and_its_blocks_match_transformers(name):
   cfg, model, params = reference_t5(name)
   import torch
 
+  witness = ("T5", "transformers")
   ids = t5_ids(cfg)
   theirs = model(torch.from_numpy(ids), output_hidden_states=True)
   hidden = apply(te.T5Encoder(cfg), params, ids)
-  assert max_difference(hidden, theirs.last_hidden_state) < TOLERANCE
+  agree(*witness, "hidden states", hidden, theirs.last_hidden_state, TOLERANCE)
   buckets = te.relative_buckets(ids.shape[1], cfg)
   bias = np.moveaxis(params["relative_attention_bias"][buckets], -1, 0)
   block = te.T5Block(cfg, Compute())
   for i in range(cfg.num_layers - 1):
     x, want = (theirs.hidden_states[j].numpy() for j in (i, i + 1))
-    ours, _ = apply(block, layer(params, i), x, bias)
-    assert max_difference(ours, want) < TOLERANCE
+    ours, _ = apply(block, layer(params["blocks"], i), x, bias)
+    agree(*witness, "one block", ours, want, TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -223,19 +219,17 @@ def test_clip_refuses_more_ids_than_positions():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("part", ["clip", "t5"])
-def test_text_encoder_scanned_stays_near_golden(part, dtype):
+def test_text_encoder_scanned_stays_near_golden(golden, part, dtype):
   # Without scan, in float32: the golden tests above.
   compute = Compute(dtype=dtype, scan_layers=True)
   if part == "clip":
     cfg, params = tiny_clip()
-    ours, _ = apply(
-      te.CLIPText(cfg, compute), params, golden()["text/clip_ids"]
-    )
+    ours, _ = apply(te.CLIPText(cfg, compute), params, golden["text/clip_ids"])
   else:
     cfg, params = tiny_t5()
-    ours = apply(te.T5Encoder(cfg, compute), params, golden()["text/t5_ids"])
+    ours = apply(te.T5Encoder(cfg, compute), params, golden["text/t5_ids"])
   assert ours.dtype == dtype
-  difference = max_difference(ours, golden()[f"text/{part}_hidden"])
+  difference = max_difference(ours, golden[f"text/{part}_hidden"])
   if dtype == "float32":
     assert difference < TOLERANCE
   else:

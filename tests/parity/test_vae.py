@@ -10,7 +10,7 @@ from einops import rearrange
 
 from tests.helpers import (
   GOLDEN,
-  golden,
+  agree,
   max_difference,
   params_from_torch,
   randomise,
@@ -34,12 +34,6 @@ CONFIGS = {
 decode = jax.jit(vae.decode, static_argnums=(2, 3))
 encode = jax.jit(vae.encode, static_argnums=(2, 3))
 channels_last = lambda x: np.moveaxis(np.asarray(x), 1, -1)
-
-
-@pytest.fixture(autouse=True)
-def _highest_precision():
-  with jax.default_matmul_precision("highest"):
-    yield
 
 
 @cache
@@ -80,44 +74,42 @@ def reference(name):
   return cfg, model, params_from_torch(vae.rows(cfg), vae.abstract(cfg), state)
 
 
+def compare(witness, quantity, ours, theirs):
+  theirs = channels_last(theirs)
+  agree("autoencoder", witness, quantity, ours, theirs, TOLERANCE)
+
+
 def noise(*shape):
   return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
-@pytest.mark.parametrize(
-  ("latents", "image"),
-  [
-    ("vae/latents", "vae/decoded"),
-    ("pipe/square/vae_in", "pipe/square/vae_out"),
-  ],
-)
-def test_vae_decode_matches_golden(latents, image):
+def test_vae_decode_matches_golden(golden):
   cfg, params = tiny()
-  ours = decode(params, channels_last(golden()[latents]), cfg, Compute())
-  assert max_difference(ours, channels_last(golden()[image])) < TOLERANCE
+  ours = decode(params, channels_last(golden["vae/latents"]), cfg, Compute())
+  compare("golden values", "decoded image", ours, golden["vae/decoded"])
 
 
-def test_vae_encode_matches_golden():
+def test_vae_encode_matches_golden(golden):
   cfg, params = tiny()
-  image = channels_last(golden()["vae/image"])
+  image = channels_last(golden["vae/image"])
   mean, logvar = encode(params, image, cfg, Compute())
-  for ours, name in ((mean, "vae/enc_mean"), (logvar, "vae/enc_logvar")):
-    assert max_difference(ours, channels_last(golden()[name])) < TOLERANCE
+  compare("golden values", "mean", mean, golden["vae/enc_mean"])
+  compare("golden values", "log-variance", logvar, golden["vae/enc_logvar"])
 
 
-def test_vae_space_conversion_matches_golden():
+def test_vae_space_conversion_matches_golden(golden):
   cfg, _ = tiny()
   latents = rearrange(
-    golden()["pipe/square/latents_final"],
+    golden["pipe/square/latents_final"],
     "b (h w) (c p q) -> b (h p) (w q) c",
     h=6,
     p=2,
     q=2,
   )
-  theirs = channels_last(golden()["pipe/square/vae_in"])
   ours = vae.from_model_space(latents, cfg)
-  assert max_difference(ours, theirs) < 1e-5  # one product and one sum
-  assert max_difference(vae.to_model_space(ours, cfg), latents) < 1e-5
+  compare("golden values", "latents", ours, golden["pipe/square/vae_in"])
+  back = vae.to_model_space(ours, cfg)
+  assert max_difference(back, latents) < 1e-5  # a sum and a product in f32
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -129,7 +121,7 @@ def test_vae_decode_matches_diffusers(name):
   theirs = model.decode(torch.from_numpy(latents)).sample
   ours = decode(params, channels_last(latents), cfg, Compute())
   assert ours.shape[1:] == (5 * cfg.factor, 4 * cfg.factor, cfg.out_channels)
-  assert max_difference(ours, channels_last(theirs)) < TOLERANCE
+  compare("diffusers", "decoded image", ours, theirs)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -140,8 +132,8 @@ def test_vae_encode_matches_diffusers_beyond_the_clamps(name):
   image = noise(2, cfg.in_channels, 4 * cfg.factor, 6 * cfg.factor)
   theirs = model.encode(torch.from_numpy(image)).latent_dist
   mean, logvar = encode(params, channels_last(image), cfg, Compute())
-  assert max_difference(mean, channels_last(theirs.mean)) < TOLERANCE
-  assert max_difference(logvar, channels_last(theirs.logvar)) < TOLERANCE
+  compare("diffusers", "mean", mean, theirs.mean)
+  compare("diffusers", "log-variance", logvar, theirs.logvar)
   assert (logvar.min(), logvar.max()) == (-30, 20)
 
 
@@ -168,7 +160,7 @@ def test_vae_block_matches_diffusers(key, block, channels):
   time_embedding = (None,) if "resnets" in key else ()
   theirs = model.get_submodule(key)(torch.from_numpy(x), *time_embedding)
   ours = jax.jit(block.apply)({"params": params}, channels_last(x))
-  assert max_difference(ours, channels_last(theirs)) < TOLERANCE
+  compare("diffusers", "one block", ours, theirs)
 
 
 def test_vae_attention_in_chunks_equals_whole():
@@ -182,11 +174,11 @@ def test_vae_attention_in_chunks_equals_whole():
   assert max_difference(whole, chunked) < 1e-5  # the same sums in f32
 
 
-def test_vae_bfloat16_stays_near_float32():
+def test_vae_bfloat16_stays_near_float32(golden):
   cfg, params = tiny()
-  latents = channels_last(golden()["vae/latents"])
+  latents = channels_last(golden["vae/latents"])
   ours = decode(params, latents, cfg, Compute(dtype="bfloat16"))
   assert ours.dtype == np.float32
   # 0.073 of a largest value of 1.64; diffusers' own bf16 is 0.064 off.
-  difference = max_difference(ours, channels_last(golden()["vae/decoded"]))
+  difference = max_difference(ours, channels_last(golden["vae/decoded"]))
   assert 1e-3 < difference < 0.1

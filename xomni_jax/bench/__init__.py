@@ -19,22 +19,16 @@ import json
 import os
 import pathlib
 import subprocess
-import sys
 import tempfile
 from typing import Any
+
+import jax
 
 from xomni_jax.bench import compare, measure, part, roofline, work
 from xomni_jax.config import Compute
 from xomni_jax.errors import InputError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-_LOADS = {
-  # The released image size: 1152 px, 5184 tokens.
-  "7b": work.Load(
-    prompt=1024, steps=64, batches=(1, 64), grid=(72, 72), text=512
-  ),
-  "tiny": work.Load(prompt=16, steps=4, batches=(1, 4), grid=(2, 3), text=8),
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,10 +44,7 @@ def main(argv: list[str]) -> int:
   """
   args = _parse(argv)
   print(f"{measure.processor()}; {measure.versions()}", flush=True)
-  if args.size == "100m":
-    report = _small(args)
-  else:
-    report = _full(args)
+  report = _small(args) if args.size == "100m" else _full(args)
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
   return int(any("failed" in p for p in report.get("parts", {}).values()))
@@ -64,7 +55,7 @@ def _parse(argv):
   add = parser.add_argument
   add(
     "--size",
-    choices=("100m", *_LOADS),
+    choices=tuple(work.LOADS),
     default="100m",
     help="100m: JAX and PyTorch on the CPU; 7b: full sizes on a GPU; tiny: "
     "like 7b, in small and without a GPU (default: %(default)s)",
@@ -113,8 +104,10 @@ def _parse(argv):
 
 def _small(args) -> dict[str, Any]:
   """The comparison on the CPU, printed; returns what `--json` writes."""
+  # PyTorch's part runs there, whatever else this machine has.
+  jax.config.update("jax_platforms", "cpu")
   ar_cfg, flux_cfg = compare.AR_100M, compare.FLUX_100M
-  load, compute = compare.LOAD_100M, Compute(scan_layers=args.scan)
+  load, compute = work.LOADS["100m"], Compute(scan_layers=args.scan)
   report = compare.compare(ar_cfg, flux_cfg, load, compute, args.repeats)
   print(small_table(report))
   about = {"size": args.size, "device": measure.processor()}
@@ -149,13 +142,11 @@ def small_table(report: dict[str, Any]) -> str:
 def _full(args) -> dict[str, Any]:
   """The parts one after the other, printed; returns what `--json` writes."""
   part.read_architecture(args.config, args.size)  # fails before the first part
-  load = _LOADS[args.size]
+  load = work.LOADS[args.size]
   parts = {}
   for model in ("ar", "flux"):
     for framework in ("jax", "torch"):
-      parts[f"{model} {framework}"] = found = _run_part(
-        args, model, framework, load
-      )
+      parts[f"{model} {framework}"] = found = _run_part(args, model, framework)
       if "refused" in found:
         raise InputError(found["refused"])
   device = parts["ar jax"].get("device", "unknown device")
@@ -172,7 +163,7 @@ def _full(args) -> dict[str, Any]:
   }
 
 
-def _run_part(args, model, framework, load) -> dict[str, Any]:
+def _run_part(args, model, framework) -> dict[str, Any]:
   """Results of one part (see `part.run`), run in its own process."""
   env = os.environ | {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -191,14 +182,10 @@ def _run_part(args, model, framework, load) -> dict[str, Any]:
       gpu=args.size != "tiny",
       scan=args.scan,
       repeats=args.repeats,
-      load=dataclasses.asdict(load),
       out=str(out),
     )
     done = subprocess.run(
-      [sys.executable, "-m", "xomni_jax.bench.part"]
-      + [json.dumps(dataclasses.asdict(task))],
-      env=env,
-      stdout=subprocess.DEVNULL,
+      part.command(task), env=env, stdout=subprocess.DEVNULL
     )
     found = json.loads(out.read_text()) if out.exists() else {"figures": {}}
   if done.returncode:  # killed, so it could not say why
@@ -221,10 +208,9 @@ def full_table(
     pair = [parts[f"{model} {framework}"] for framework in ("jax", "torch")]
     for figure in figures:
       speeds = [found["figures"].get(figure) for found in pair]
-      shares = [
-        _share(speed, figures[figure], figure, pair[0], load, peak)
-        for speed in speeds
-      ]
+      needs = pair[0].get("needs", {}).get(figure)
+      rate = peak.flops if figure == load.denoise else peak.bandwidth
+      shares = [_share(speed, needs, rate) for speed in speeds]
       rows.append([figure, *_pair(speeds), *shares])
       if figure == load.denoise:
         seconds = [speed and 1 / speed for speed in speeds]
@@ -251,11 +237,8 @@ def _pair(speeds):
   return [*map(measure.number, speeds), measure.number(ratio)]
 
 
-def _share(speed, amount, figure, found, load, peak) -> str:
-  """Share of the peak at which a speed (units/s) is."""
-  needs = found.get("needs", {}).get(figure)
-  rate = peak.flops if figure == load.denoise else peak.bandwidth
+def _share(speed, needs, rate) -> str:
+  """Share of a peak rate that is in use; `needs` is a unit of the figure's."""
   if not (speed and needs and rate):
     return "-"
-  steps = amount / load.steps if figure != load.denoise else 1
-  return f"{100 * needs * speed / steps / rate:.1f} %"
+  return f"{100 * speed * needs / rate:.1f} %"

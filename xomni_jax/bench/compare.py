@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xomni_jax import params as params_lib
-from xomni_jax.bench import measure, work
+from xomni_jax.bench import measure, torch_work, work
 from xomni_jax.config import ARConfig, Compute, FluxConfig
 from xomni_jax.models import ar, flux
 
@@ -46,10 +46,6 @@ FLUX_100M = FluxConfig(
   axes_dims_rope=(16, 56, 56),
   siglip_channels=64,
 )
-# 512 x 512 px with FLUX's 512 text tokens.
-LOAD_100M = work.Load(
-  prompt=512, steps=32, batches=(1, 8), grid=(32, 32), text=512
-)
 
 
 def compare(
@@ -70,8 +66,7 @@ def compare(
   Raises:
     RuntimeError: the results differ, so that a ratio would mean nothing.
   """
-  threads = not measure.absent("torch")
-  if threads:
+  if not measure.absent("torch"):
     import torch
 
     torch.set_num_threads(measure.cores())
@@ -86,10 +81,11 @@ def compare(
     tree = (ar if name == "ar" else flux).abstract(cfg)
     out["parameters"][name] = work.count(tree)
     params = work.random_params(tree, "float32")
-    makers = [_jax_makers(name, cfg, compute, params, load)]
+    jax_calls = {"ar": work.jax_ar, "flux": work.jax_flux}[name]
+    makers = [jax_calls(cfg, compute, params, load)]
     if not missing:
-      model = _torch_model(name, cfg, params)
-      makers.append(_torch_makers(name, cfg, model, load))
+      model, torch_calls = _in_torch(name, cfg, params)
+      makers.append(torch_calls(cfg, model, load))
       if name == "ar":
         out["figures"]["logits"] = {
           "difference": _logits_difference(cfg, compute, params, model)
@@ -112,24 +108,14 @@ def compare(
   return out
 
 
-def _jax_makers(name, cfg, compute, params, load):
-  return (work.jax_ar if name == "ar" else work.jax_flux)(
-    cfg, compute, params, load
-  )
-
-
-def _torch_makers(name, cfg, model, load):
-  return (work.torch_ar if name == "ar" else work.torch_flux)(cfg, model, load)
-
-
-def _torch_model(name, cfg, params):
-  """The PyTorch model with our weights, by the parameter table."""
-  module, make = {
-    "ar": (ar, work.torch_qwen2),
-    "flux": (flux, work.torch_flux_model),
-  }[name]
-  state = dict(params_lib.to_torch(module.rows(cfg), params))
-  return make(cfg, "float32", "cpu", state)
+def _in_torch(name, cfg, params):
+  """The PyTorch model with our weights, and its calls."""
+  if name == "ar":
+    state = dict(params_lib.to_torch(ar.rows(cfg), params))
+    return torch_work.qwen2(cfg, "float32", "cpu", state), torch_work.ar_calls
+  state = dict(params_lib.to_torch(flux.rows(cfg), params))
+  model = torch_work.flux_transformer(cfg, "float32", "cpu", state)
+  return model, torch_work.flux_calls
 
 
 def _logits_difference(cfg, compute, params, model) -> float:

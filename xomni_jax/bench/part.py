@@ -1,8 +1,8 @@
 """One model in one framework, in a process of its own.
 
 So that its memory is all given back before the next, and its peak is its own.
-`xomni bench` runs this with a Task as JSON; the results are rewritten
-after every figure, so that a later failure does not lose them.
+The results are rewritten after every figure: a later failure does not lose
+them.
 """
 
 import dataclasses
@@ -32,7 +32,6 @@ class Task:
     gpu: refuse to run without one.
     scan: `Compute.scan_layers` of JAX.
     repeats: timed calls a figure.
-    load: fields of `work.Load`.
     out: file for the results.
   """
 
@@ -43,8 +42,18 @@ class Task:
   gpu: bool
   scan: bool
   repeats: int
-  load: dict[str, Any]
   out: str
+
+
+def command(task: Task) -> list[str]:
+  """The command line that runs a task in another process."""
+  code = "import sys; from xomni_jax.bench import part; part.main(sys.argv[1])"
+  return [sys.executable, "-c", code, json.dumps(dataclasses.asdict(task))]
+
+
+def main(task: str) -> None:
+  """Runs a task that is given as JSON."""
+  run(Task(**json.loads(task)))
 
 
 def read_architecture(path: str, size: str) -> config_lib.Architecture:
@@ -73,8 +82,8 @@ def run(task: Task) -> None:
 
   The file holds `device`, `parameters`, `figures` {figure: units/s}, `memory`
   (peak bytes on the device; None where nothing counts them) and, of JAX,
-  `needs` {figure: bytes of a decode step, FLOPs of a denoising step}. Instead
-  or besides, `absent`, `refused` or `failed` say why some are not there.
+  `needs` {figure: bytes read per token, or FLOPs per denoising step}. Instead or
+  besides, `absent`, `refused` or `failed` say why some are not there.
   """
   results: dict[str, Any] = {"figures": {}}
   write = lambda: pathlib.Path(task.out).write_text(json.dumps(results))
@@ -84,7 +93,8 @@ def run(task: Task) -> None:
     results["refused"] = str(e)
   except Exception as e:
     traceback.print_exc()
-    results["failed"] = f"{type(e).__name__}: {str(e).strip().splitlines()[:1]}"
+    reason = str(e).strip().split("\n")[0]
+    results["failed"] = f"{type(e).__name__}: {reason}"
   write()
 
 
@@ -101,7 +111,7 @@ def _run_jax(task, results, write):
       "on a machine with one, install xomni_jax[gpu]"
     )
   cfg = getattr(read_architecture(task.config, task.size), task.model)
-  load = work.Load(**task.load)
+  load = work.LOADS[task.size]
   compute = config_lib.Compute(dtype=DTYPE, scan_layers=task.scan)
   results["device"] = device.device_kind
   tree = (ar if task.model == "ar" else flux).abstract(cfg)
@@ -111,7 +121,7 @@ def _run_jax(task, results, write):
     # The cache is filled to its mean over the timed steps.
     length = load.prompt + (load.steps + 1) / 2
     results["needs"] = {
-      load.decode(b): roofline.decode_bytes(cfg, b, length, itemsize)
+      load.decode(b): roofline.decode_bytes(cfg, b, length, itemsize) / b
       for b in load.batches
     }
   else:
@@ -140,23 +150,24 @@ def _run_torch(task, results, write):
   if task.gpu and not torch.cuda.is_available():
     results["absent"] = f"torch {torch.__version__} sees no GPU"
     return
-  from xomni_jax.bench import work
+  from xomni_jax.bench import torch_work, work
 
   cfg = getattr(read_architecture(task.config, task.size), task.model)
-  load = work.Load(**task.load)
-  device = "cuda" if task.gpu else "cpu"
-  results["device"] = torch.cuda.get_device_name() if task.gpu else "cpu"
+  load = work.LOADS[task.size]
+  on_gpu = torch.cuda.is_available()
+  device = "cuda" if on_gpu else "cpu"
+  results["device"] = torch.cuda.get_device_name() if on_gpu else device
   measure.say(f"{task.model} torch: weights ...")
   if task.model == "ar":
-    model = work.torch_qwen2(cfg, DTYPE, device)
-    makers = work.torch_ar(cfg, model, load)
+    model = torch_work.qwen2(cfg, DTYPE, device)
+    makers = torch_work.ar_calls(cfg, model, load)
   else:
-    model = work.torch_flux_model(cfg, DTYPE, device)
-    makers = work.torch_flux(cfg, model, load)
-  results["parameters"] = sum(p.numel() for p in model.parameters())
+    model = torch_work.flux_transformer(cfg, DTYPE, device)
+    makers = torch_work.flux_calls(cfg, model, load)
+  results["parameters"] = work.count(dict(model.named_parameters()))
 
   def memory():
-    return torch.cuda.max_memory_allocated() if task.gpu else None
+    return torch.cuda.max_memory_allocated() if on_gpu else None
 
   _time(task, makers, load, results, memory, write)
 
@@ -177,7 +188,3 @@ def _time(task, makers, load, results, memory, write):
       f"{task.model} {task.framework}: {figure}: "
       f"{measure.number(amount / seconds)} (ready in {ready - start:.0f} s)"
     )
-
-
-if __name__ == "__main__":
-  run(Task(**json.loads(sys.argv[1])))

@@ -47,22 +47,22 @@ def peak(
   device: str, bandwidth: float | None = None, flops: float | None = None
 ) -> Peak:
   """The peak of a device by name; TB/s and TFLOP/s given here go first."""
-  words = f" {device} "
-  # A whole word, so that L4 is not found in L40S.
-  names = [n for n in _PEAKS if f" {n} " in words.replace("NVIDIA", " ")]
+  # As whole words, so that L4 is not found in L40S; a MIG slice has only a
+  # share of its device's peak.
+  names = [
+    n for n in _PEAKS if f" {n} " in f" {device} " and "MIG" not in device
+  ]
   known = _PEAKS[max(names, key=len)] if names else (None, None)
   values = (bandwidth or known[0], flops or known[1])
-  given = [
-    name
-    for name, value in (("--bandwidth", bandwidth), ("--flops", flops))
-    if value
-  ]
   shown = [
-    f"{value:g} {unit}" if value else f"unknown {unit}"
-    for value, unit in zip(values, ("TB/s", "bf16 TFLOP/s"), strict=True)
+    f"{value:g} {unit} ({'given' if own else 'data sheet'})"
+    if value
+    else f"unknown {unit}"
+    for value, own, unit in zip(
+      values, (bandwidth, flops), ("TB/s", "bf16 TFLOP/s"), strict=True
+    )
   ]
-  source = f"{', '.join(shown)} (data sheet of {device}"
-  source += f"; {' and '.join(given)} given)" if given else ")"
+  source = f"{device}, {' and '.join(shown)}"
   return Peak(*(v and v * 1e12 for v in values), source)
 
 

@@ -1,14 +1,11 @@
-"""The timed work, for JAX and for PyTorch: figures, and calls that do them.
+"""The timed work: figures, and calls that do them in JAX.
 
 A maker gets everything ready and returns a call; a call does the work once,
-waits for it, and returns what both frameworks must agree on. PyTorch runs
-eagerly in inference mode, with transformers' DynamicCache (what `generate`
-uses by default).
-
-The work is the same but for this: JAX's prefill stops at the last block's keys
-and values, as nothing else of it is used; JAX's vision-only blocks select where
-they write; and JAX adds semantic features (zeros here), which the model of
-diffusers does not have, one small linear layer a step.
+waits for it, and returns what both frameworks must agree on. `torch_work` does
+the same in PyTorch, but for this: JAX's prefill stops at the last block's keys
+and values, as nothing else of it is used; its vision-only blocks select where
+they write; and it adds semantic features (zeros here), one small linear layer a
+step that the model of diffusers does not have.
 """
 
 import dataclasses
@@ -24,13 +21,14 @@ import numpy as np
 from xomni_jax import params as params_lib
 from xomni_jax.config import ARConfig, Compute, FluxConfig
 from xomni_jax.inference import flow, sampling
-from xomni_jax.models import ar, flux
+from xomni_jax.models import ar
 
 Call = Callable[[], np.ndarray]
 Makers = dict[str, Callable[[], Call]]
 
-_LEVELS = (np.float32(1.0), np.float32(0.9))  # sigmas of the timed step
-_CFG_SCALE = 2.0  # any but 1 gives the two-fold batch
+# Sigmas of the timed step; 1 apart, so that the velocity counts in full.
+LEVELS = (1.0, 0.0)
+CFG_SCALE = 2.0  # any but 1 gives the two-fold batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +68,15 @@ class Load:
       "ar": {self.prefill: self.prompt, **decode},
       "flux": {self.denoise: 1},
     }
+
+
+LOADS = {
+  # 512 x 512 px with FLUX's 512 text tokens: seconds a call on few cores.
+  "100m": Load(prompt=512, steps=32, batches=(1, 8), grid=(32, 32), text=512),
+  # The released image size: 1152 px, 5184 tokens.
+  "7b": Load(prompt=1024, steps=64, batches=(1, 64), grid=(72, 72), text=512),
+  "tiny": Load(prompt=16, steps=4, batches=(1, 4), grid=(2, 3), text=8),
+}
 
 
 def random_params(tree: Any, dtype: str) -> dict[str, Any]:
@@ -180,14 +187,14 @@ def jax_flux(
         flow.euler_step(
           params,
           latents,  # from the host each time: the step takes its memory
-          *_LEVELS,
+          *map(np.float32, LEVELS),
           text,
           pooled,
           features,
           cfg=cfg,
           compute=compute,
           grid=load.grid,
-          cfg_scale=_CFG_SCALE,
+          cfg_scale=CFG_SCALE,
         )
       )
 
@@ -211,154 +218,3 @@ def denoising_inputs(cfg: FluxConfig, load: Load):
 
 def _numpy(x) -> np.ndarray:
   return np.asarray(x, np.float32)
-
-
-def torch_qwen2(cfg: ARConfig, dtype: str, device: str, state=None):
-  """transformers' Qwen2ForCausalLM of the same sizes, over the image codes.
-
-  Args:
-    cfg: vision-only blocks become ordinary ones, which cost the same.
-    dtype, device: PyTorch's names.
-    state: {released key: array} to load; None: random weights.
-  """
-  from transformers import Qwen2Config, Qwen2ForCausalLM
-
-  config = Qwen2Config(
-    vocab_size=cfg.image_vocab_size,
-    hidden_size=cfg.hidden_size,
-    intermediate_size=cfg.intermediate_size,
-    num_hidden_layers=cfg.num_hidden_layers,
-    num_attention_heads=cfg.num_attention_heads,
-    num_key_value_heads=cfg.num_key_value_heads,
-    rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-    rms_norm_eps=cfg.rms_norm_eps,
-    max_position_embeddings=cfg.max_position_embeddings,
-    tie_word_embeddings=False,
-  )
-  make = lambda: Qwen2ForCausalLM(config)
-  if state is not None:
-    # Codes have the embedding, norm and head of the image side.
-    theirs = {
-      "model.mm_embed_tokens.weight": "model.embed_tokens.weight",
-      "model.mm_norm.weight": "model.norm.weight",
-      "mm_head.weight": "lm_head.weight",
-    }
-    text = ("model.lm_embed_tokens", "model.lm_norm", "lm_head")
-    state = {
-      theirs.get(k, k): v for k, v in state.items() if not k.startswith(text)
-    }
-    for key in ("model.embed_tokens.weight", "lm_head.weight"):
-      state[key] = state[key][: cfg.image_vocab_size]
-  return _torch_model(make, dtype, device, state)
-
-
-def torch_flux_model(cfg: FluxConfig, dtype: str, device: str, state=None):
-  """diffusers' FluxTransformer2DModel of the same sizes."""
-  from diffusers import FluxTransformer2DModel
-
-  make = lambda: FluxTransformer2DModel(
-    **{
-      field.name: getattr(cfg, field.name)
-      for field in dataclasses.fields(cfg)
-      if field.name != "siglip_channels"
-    }
-  )
-  if state is not None:
-    state = {k: v for k, v in state.items() if k != "siglip_embed.weight"}
-  return _torch_model(make, dtype, device, state)
-
-
-def _torch_model(make, dtype, device, state):
-  """A model born in its dtype on its device: no second copy, no host copy."""
-  import torch
-
-  before = torch.get_default_dtype()
-  torch.set_default_dtype(getattr(torch, dtype))
-  try:
-    with torch.device(device):
-      model = make()
-  finally:
-    torch.set_default_dtype(before)
-  if state is not None:
-    # Copied, as arrays that come from JAX are read-only.
-    model.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
-  return model.eval().requires_grad_(False)
-
-
-def torch_ar(cfg: ARConfig, model: Any, load: Load) -> Makers:
-  """The AR figures; calls return what those of `jax_ar` do."""
-  import torch
-  from transformers import DynamicCache
-
-  device = model.device
-  tokens = torch.tensor(codes(cfg, load.prompt + 1), device=device).long()
-
-  def prefill():
-    cache = DynamicCache()
-    model.model(tokens[:, :-1], past_key_values=cache, use_cache=True)
-    return cache
-
-  @torch.inference_mode()
-  def prefill_call():
-    return prefill().layers[-1].keys.float().cpu().numpy()
-
-  @torch.inference_mode()
-  def decode(batch):
-    cache = prefill()
-    cache.batch_repeat_interleave(batch)
-    first = tokens[:, -1:].expand(batch, 1)
-
-    @torch.inference_mode()
-    def call():
-      token, picked = first, []
-      for _ in range(load.steps):
-        out = model(token, past_key_values=cache, use_cache=True)
-        logp = out.logits[:, -1].float().log_softmax(-1)
-        token = logp.argmax(-1, keepdim=True)
-        picked.append(logp.gather(-1, token))
-      cache.crop(-load.steps)
-      return torch.cat(picked, 1).cpu().numpy()
-
-    return call
-
-  decodes = {load.decode(b): partial(decode, b) for b in load.batches}
-  return {load.prefill: lambda: prefill_call, **decodes}
-
-
-def torch_flux(cfg: FluxConfig, model: Any, load: Load) -> Makers:
-  """The FLUX figure; the call returns what that of `jax_flux` does."""
-  import torch
-
-  def make():
-    to = {"dtype": model.dtype, "device": model.device}
-    latents, text, pooled = map(torch.tensor, denoising_inputs(cfg, load))
-    latents, text, pooled = (
-      latents.to(to["device"]),
-      text.to(**to),
-      pooled.to(**to),
-    )
-    h, w = load.grid
-    cells = torch.cartesian_prod(torch.arange(h), torch.arange(w))
-    ids = torch.cat([torch.zeros(h * w, 1), cells], 1).to(**to)
-    level, following = map(float, _LEVELS)
-    guidance = torch.full((2,), flow.GUIDANCE, **to)
-
-    @torch.inference_mode()
-    def call():
-      v = model(
-        hidden_states=torch.cat([latents, latents]).to(model.dtype),
-        encoder_hidden_states=text,
-        pooled_projections=pooled,
-        timestep=torch.full((2,), level, **to),
-        guidance=guidance if cfg.guidance_embeds else None,
-        img_ids=ids,
-        txt_ids=torch.zeros(load.text, 3, **to),
-        return_dict=False,
-      )[0]
-      v, negative = v.float().chunk(2)
-      v = negative + _CFG_SCALE * (v - negative)
-      return (latents + (following - level) * v).cpu().numpy()
-
-    return call
-
-  return {load.denoise: make}

@@ -40,7 +40,9 @@ def _modulation(temb_BD, count, dtype, name):
   """`count` vectors [B, 1, D] from the conditioning."""
   size = count * temb_BD.shape[-1]
   m = nn.Dense(size, dtype=dtype, name=name)(nn.silu(temb_BD))
-  return jnp.split(m[:, None], count, axis=-1)
+  # Whole on every device: pieces of a split axis would each be passed around.
+  parts = jnp.split(m[:, None], count, axis=-1)
+  return [constrain(x, "batch", None, None) for x in parts]
 
 
 def _qkv(module, x_BSD, names, norms):
@@ -111,7 +113,11 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-  """Attention and MLP in parallel over the joint sequence."""
+  """Attention and MLP in parallel over the joint sequence.
+
+  The MLP's features are P parts of N heads of size H, P = mlp / width, so that
+  attention's heads join them as one part more, each head on its own device.
+  """
 
   cfg: FluxConfig
   compute: Compute
@@ -121,12 +127,18 @@ class SingleBlock(nn.Module):
     cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
     shift, scale, gate = _modulation(temb_BD, 3, dtype, "norm")
     h_BSD = _norm(x_BSD, dtype) * (1 + scale) + shift
-    mlp_BSF = nn.Dense(cfg.mlp, dtype=dtype, name="proj_mlp")(h_BSD)
-    mlp_BSF = nn.gelu(mlp_BSF, approximate=True)
+    parts = cfg.mlp // cfg.width
+    shape = (parts, cfg.num_attention_heads, cfg.attention_head_dim)
+    mlp_BSPNH = nn.DenseGeneral(shape, dtype=dtype, name="proj_mlp")(h_BSD)
+    mlp_BSPNH = nn.gelu(mlp_BSPNH, approximate=True)
     qkv = _qkv(self, h_BSD, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
     a_BSNH = _attend(self, *qkv, rope)
-    both = jnp.concatenate([a_BSNH.reshape(x_BSD.shape), mlp_BSF], axis=-1)
-    x_BSD += gate * nn.Dense(cfg.width, dtype=dtype, name="proj_out")(both)
+    both = jnp.concatenate([a_BSNH[:, :, None], mlp_BSPNH], axis=2)
+    both = constrain(both, "batch", "length", None, "heads", None)
+    merge = nn.DenseGeneral(
+      cfg.width, axis=(-3, -2, -1), dtype=dtype, name="proj_out"
+    )
+    x_BSD += gate * merge(both)
     return constrain(x_BSD, "batch", "length", None), None
 
 
@@ -282,8 +294,16 @@ _DOUBLE = [
 _SINGLE = [
   *dense("norm", "norm.linear", "fan_out fan_in -> fan_in fan_out"),
   *_QKV,
-  *dense("proj_mlp", "proj_mlp", "mlp embed -> embed mlp"),
-  *dense("proj_out", "proj_out", "embed mlp -> mlp embed"),
+  *dense(
+    "proj_mlp",
+    "proj_mlp",
+    "(parts heads head_dim) embed -> embed parts heads head_dim",
+  ),
+  *dense(
+    "proj_out",
+    "proj_out",
+    "embed (parts heads head_dim) -> parts heads head_dim embed",
+  ),
 ]
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from xomni_jax.mesh import constrain
 
@@ -187,10 +188,14 @@ def write_cache(
     return KVCache(k, v), k, v
   # Only the new slots are written: replacing the layer would copy all of it.
   start = (layer, 0, 0, slot, 0)
+  # Pinned to row-major: else XLA for TPU lays one position's keys out with B
+  # before H, carries that over to the cache, and copies it in and out of the
+  # loop (batch 64, length 6000: 10.81 GiB per device instead of 7.57).
+  fresh = with_layout_constraint((k_BKTH, v_BKTH), Layout((0, 1, 2, 3)))
   cache = KVCache(
     *(
       jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], start)
-      for old, new in zip(cache, (k_BKTH, v_BKTH), strict=True)
+      for old, new in zip(cache, fresh, strict=True)
     )
   )
   k, v = (
