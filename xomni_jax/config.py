@@ -316,6 +316,14 @@ class CLIPConfig:
   def __post_init__(self):
     _validate(
       self,
+      *_positive(
+        self,
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "max_position_embeddings",
+      ),
       (
         self.hidden_act in ("quick_gelu", "gelu"),
         f"hidden_act is {self.hidden_act!r}, expected 'quick_gelu' or 'gelu'",
@@ -342,6 +350,25 @@ class T5Config:
   relative_attention_num_buckets: int
   relative_attention_max_distance: int
   layer_norm_epsilon: float
+
+  def __post_init__(self):
+    buckets = self.relative_attention_num_buckets
+    _validate(
+      self,
+      *_positive(
+        self, "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"
+      ),
+      (
+        buckets >= 4 and buckets % 4 == 0,
+        f"relative_attention_num_buckets is {buckets}, not a multiple of 4",
+      ),
+      (
+        self.relative_attention_max_distance > buckets // 4,
+        f"relative_attention_max_distance is "
+        f"{self.relative_attention_max_distance}, expected above "
+        f"{buckets // 4}, the buckets of single distances",
+      ),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -224,6 +224,8 @@ def replicated(table: Sequence[Row], tree, mesh) -> list[str]:
       ways = math.prod(
         mesh.shape[a] for a in mesh_lib.RULES.get(name, ()) if a in mesh.shape
       )
+      # PartitionSpec turns a tuple of one into its name.
+      part = (part,) if isinstance(part, str) else part
       if ways > 1 and part != mesh_lib.RULES[name]:
         out.append(f"{row.path} ({name} {size} over {ways})")
   return out

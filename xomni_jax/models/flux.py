@@ -40,8 +40,9 @@ def _modulation(temb_BD, count, dtype, name):
   """`count` vectors [B, 1, D] from the conditioning."""
   size = count * temb_BD.shape[-1]
   m = nn.Dense(size, dtype=dtype, name=name)(nn.silu(temb_BD))
-  # Whole on every device: pieces of a split axis would each be passed around.
-  parts = jnp.split(m[:, None], count, axis=-1)
+  # Whole on every device, before and after: each piece of a split axis would
+  # be passed around (thousands of small messages a step).
+  parts = jnp.split(constrain(m, "batch", None)[:, None], count, axis=-1)
   return [constrain(x, "batch", None, None) for x in parts]
 
 
