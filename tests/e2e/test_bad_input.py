@@ -315,6 +315,7 @@ GENERATE = {
   "top-p above 1": (["--prompt", "x", "--top-p", "1.5"], ["top_p is 1.5"]),
   "min-p of 1": (["--prompt", "x", "--min-p", "1"], ["min_p is 1.0"]),
   "negative top-k": (["--prompt", "x", "--top-k", "-1"], ["top_k is -1"]),
+  "negative seed": (["--prompt", "x", "--seed", "-1"], ["seed is -1"]),
   "no images": (["--prompt", "x", "--num-images", "0"], ["num_images is 0"]),
   "neither prompt nor file": ([], ["--prompt"]),
   "unknown flag": (["--prompt", "x", "--colour", "red"], ["--colour"]),
@@ -392,7 +393,10 @@ IMAGES = {
   "cut short": (lambda p: (picture(p, (96, 96)), truncate(p)), ["x.png"]),
   "too small": (lambda p: picture(p, (20, 30)), ["20", "32"]),
   "too elongated": (lambda p: picture(p, (40, 200)), ["3"]),
-  "huge": (lambda p: picture(p, (20000, 20000), "1"), ["at most 89478485 pixels"]),
+  "huge": (
+    lambda p: picture(p, (20000, 20000), "1"),
+    ["at most 89478485 pixels"],
+  ),
 }
 
 

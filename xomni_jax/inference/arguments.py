@@ -57,6 +57,12 @@ def at_least_one(**values: int | None) -> None:
     raise InputError(f"{', '.join(bad)}; expected a whole number from 1")
 
 
+def seed_number(seed: int) -> None:
+  """A seed of the random streams."""
+  if type(seed) is not int or not 0 <= seed < 2**32:
+    raise InputError(f"seed is {seed!r}, expected a whole number in 0..2^32-1")
+
+
 def fits_positions(tokens: int, cfg: ARConfig) -> None:
   """Whether so many tokens fit into the model's positions."""
   if tokens > cfg.max_position_embeddings:

@@ -182,6 +182,7 @@ class Model:
       InputError: bad arguments, or the model was loaded without `flux`.
     """
     painter = self._need_painter()
+    arguments.seed_number(seed)
     codes = arguments.codes_grid(codes, self.config.vq.codebook_size)
     default = self.config.decoder
     with jax.set_mesh(self.mesh):
@@ -271,6 +272,7 @@ class Model:
       self._need_painter()
     prompts = arguments.prompts_list(prompts)
     arguments.at_least_one(num_images=num_images, batch_size=batch_size)
+    arguments.seed_number(seed)
     h, w = arguments.grid_of(size, self.pixels_per_token)
     prefix = self.tokenizer.encode(protocol.image_prefix(h, w))
     ids = [self.tokenizer.encode(p) for p in prompts]
@@ -324,6 +326,7 @@ class Model:
     if not question.strip():
       raise InputError("question is empty; say what to answer")
     arguments.at_least_one(max_new_tokens=max_new_tokens)
+    arguments.seed_number(seed)
     how = Sampling(temperature, top_k, top_p, min_p, greedy)
     content = question
     if image is not None:
