@@ -76,15 +76,18 @@ def parse_document(text: str, pad_token: str, codebook_size: int) -> Document:
     InputError: an image without size or with fewer than h*w codes, or a code
       outside the codebook.
   """
-  text = text.replace(pad_token, "").replace("<SEP>", "")
   texts, images = [], []
-  for part in text.split(EOM):
+  for part in _unpadded(text, pad_token).split(EOM):
     before, som, image = part.partition(SOM)
     texts.append(before)
     if som:
       name = f"image string {len(images)}"
       images.append(ImageSpan(_parse_codes(image, codebook_size, name), before))
   return Document(texts, images)
+
+
+def _unpadded(text, pad_token):
+  return text.replace(pad_token, "").replace("<SEP>", "")
 
 
 def _parse_codes(image, codebook_size, name):
@@ -143,6 +146,13 @@ class Tokenizer:
       skip_special_tokens=False,
       clean_up_tokenization_spaces=False,
     )
+
+  def text(self, ids) -> str:
+    """`decode` without padding: an answer, or a prompt as the painter sees it.
+
+    Unlike `parse` it does not look for images, so that no text can fail.
+    """
+    return _unpadded(self.decode(ids), PAD)
 
   def parse(self, ids) -> Document:
     """Texts and images of generated ids; raises as `parse_document` does."""

@@ -360,7 +360,7 @@ class Model:
     tokens = tokens[:max_new_tokens]
     if tokens[-1] in self.config.eos_token_ids:
       tokens.pop()
-    return self.tokenizer.parse(tokens).texts[0]
+    return self.tokenizer.text(tokens)
 
   def logits(self, tokens, mode: str = "text", mask=None) -> np.ndarray:
     """Next-token logits at every position.
@@ -422,7 +422,7 @@ class Model:
   def _paint_all(self, codes, batch, keys) -> list[Image.Image]:
     """An image for each of codes [n, h, w], the rows of a batch of prompts."""
     # The decoder reads a prompt as the vocabulary spells it.
-    texts = [self.tokenizer.parse(ids).texts[0] for ids in batch]
+    texts = [self.tokenizer.text(ids) for ids in batch]
     seeds = np.asarray(jax.vmap(jax.random.bits)(keys))
     each = len(codes) // len(batch)
     return [
