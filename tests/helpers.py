@@ -7,6 +7,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from xomni_jax import params
+from xomni_jax.config import ARConfig
+from xomni_jax.models import ar
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "tiny-a"
 
@@ -39,6 +41,34 @@ def params_from_torch(table, tree, state):
   return params.unflatten(flat)
 
 
+def random_state(table, tree, seed=0):
+  """{PyTorch key: array} of random weights that fit a parameter tree.
+
+  Of order one in the output, as `randomise` has them.
+  """
+  rng = np.random.default_rng(seed)
+  state = {}
+  for key, shape in params.torch_shapes(table, tree).items():
+    x = rng.standard_normal(shape, np.float32)
+    if len(shape) > 1:
+      x *= 1.5 / np.prod(shape[1:]) ** 0.5
+    else:  # norms' scales around 1, biases around 0
+      x = 0.3 * x + key.endswith("weight")
+    state[key] = x.astype(np.float32)
+  return state
+
+
+# Both vision stacks, two blocks of the language model, and grouped heads.
+SMALL_AR = ARConfig(24, 16, 20, 32, 48, 4, 1, 1, 4, 2, 1e4, 1e-6, 64)
+
+
+@functools.cache
+def small_ar_params():
+  """Random parameters of SMALL_AR."""
+  table, tree = ar.rows(SMALL_AR), ar.abstract(SMALL_AR)
+  return params_from_torch(table, tree, random_state(table, tree))
+
+
 def randomise(model, seed=0):
   """Random weights of order one for a torch model, norms and biases too.
 
@@ -52,8 +82,8 @@ def randomise(model, seed=0):
     noise = torch.randn(weight.shape, generator=generator)
     if weight.ndim > 1:
       weight.copy_(noise * (1.5 / weight[0].numel() ** 0.5))
-    else:
-      weight.add_(0.3 * noise)
+    else:  # around 1 or 0; a fresh bias is no constant, but rounds to 0
+      weight.copy_(weight.round() + 0.3 * noise)
   return model.eval().requires_grad_(False)
 
 

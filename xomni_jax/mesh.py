@@ -58,8 +58,8 @@ def make_mesh(
   )
 
 
-def parse_mesh(text: str) -> Mesh:
-  """A mesh from "data=2,fsdp=2,tensor=2" (axes left out are 1)."""
+def parse_sizes(text: str) -> dict[str, int]:
+  """{axis: size} of "data=2,fsdp=2,tensor=2"; axes may be left out."""
   sizes = {}
   for item in filter(None, text.split(",")):
     name, _, value = item.partition("=")
@@ -69,7 +69,12 @@ def parse_mesh(text: str) -> Mesh:
         "each at most once; write for example data=2,fsdp=2,tensor=2"
       )
     sizes[name] = int(value)
-  return make_mesh(**sizes)
+  return sizes
+
+
+def parse_mesh(text: str) -> Mesh:
+  """A mesh from "data=2,fsdp=2,tensor=2" (axes left out are 1)."""
+  return make_mesh(**parse_sizes(text))
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh):

@@ -211,8 +211,8 @@ def to_torch(table: Sequence[Row], tree) -> Iterator[tuple[str, np.ndarray]]:
   """(PyTorch key, tensor) of every tensor, one fetched at a time."""
   for row, leaf in matched(table, tree):
     for i, key in enumerate(row.keys(leaf.shape)):
-      layer = leaf[i] if row.stacked else leaf
-      yield key, row.to_torch(np.asarray(layer))
+      layer = np.asarray(leaf[i] if row.stacked else leaf)
+      yield key, np.ascontiguousarray(row.to_torch(layer))
 
 
 def replicated(table: Sequence[Row], tree, mesh) -> list[str]:

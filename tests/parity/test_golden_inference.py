@@ -200,9 +200,7 @@ def test_cached_steps_match_golden_logits_and_guided_scores(tiny, golden):
 # Text
 
 
-def test_strings_of_the_public_api_match_golden(
-  tiny, golden_json, generated
-):
+def test_strings_of_the_public_api_match_golden(tiny, golden_json, generated):
   strings = golden_json["protocol"]
   for name in CHATS:
     image = protocol.image_string(tiny.encode(GOLDEN / f"images/{name}.png"))

@@ -1,27 +1,21 @@
-"""Models of other shapes against PyTorch: transformers' Qwen2, diffusers' FLUX,
-and, for the ViT and the quantiser, the same arithmetic written out in torch.
+"""The AR transformer and FLUX in other shapes against transformers' Qwen2 and
+diffusers' FLUX.
 
 Weights are random, of order one in the output, norms and biases included, and
 come in through the parameter table as PyTorch state dicts.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from einops import rearrange
 
 from tests.helpers import agree, params_from_torch, randomise, recorded
-from xomni_jax.config import (
-  ARConfig,
-  Compute,
-  FluxConfig,
-  SiglipConfig,
-  VQConfig,
-)
-from xomni_jax.models import ar, flux, siglip, vq
+from xomni_jax.config import ARConfig, FluxConfig
+from xomni_jax.models import ar, flux
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -35,22 +29,6 @@ tensor = lambda x: torch.from_numpy(np.array(x))
 
 def noise(*shape, seed=0):
   return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
-
-def random_state(table, tree, seed=0):
-  """A random state dict for a model that torch has no class for."""
-  from xomni_jax import params
-
-  state = {}
-  rng = np.random.default_rng(seed)
-  for key, shape in params.torch_shapes(table, tree).items():
-    x = rng.standard_normal(shape, np.float32)
-    if len(shape) > 1:
-      x *= 1.5 / np.prod(shape[1:]) ** 0.5
-    elif key.endswith("weight"):
-      x = 1 + 0.3 * x
-    state[key] = tensor(x)
-  return state
 
 
 # AR transformer
@@ -126,8 +104,6 @@ def left_padded(cfg, high, seed=0):
 
 @pytest.mark.parametrize("name", ["4 heads, 4 kv", "6 heads, 2 kv"])
 def test_ar_without_vision_blocks_matches_qwen2(name):
-  import dataclasses
-
   cfg, model, image = qwen2(name)
   cfg = dataclasses.replace(cfg, num_mm_adap_layers=0, num_mm_head_layers=0)
   tokens, valid = left_padded(cfg, cfg.vocab_size)
@@ -226,6 +202,9 @@ def diffusers_flux(name):
     axes_dims_rope=cfg.axes_dims_rope,
   )
   randomise(model)
+  for key, weight in model.named_parameters():
+    if "norm" in key and ".linear." in key:
+      weight *= 0.3  # small gates, or states grow to 60 and errors with them
   extra = tensor(noise(cfg.width, cfg.siglip_channels, seed=5) * 0.2)
   state = {**model.state_dict(), "siglip_embed.weight": extra}
   return (
@@ -243,8 +222,11 @@ def flux_inputs(cfg, grid, text):
     noise(2, L, cfg.in_channels),
     noise(2, text, cfg.joint_attention_dim, seed=1),
     noise(2, cfg.pooled_projection_dim, seed=2),
-    np.array([0.95, 0.2], np.float32),
-    np.array([1.0, 3.5], np.float32),
+    # Small: of a sinusoid of 3500 a frequency's last bit is worth 2e-4, which
+    # `exp` has on one machine and not on another. The golden values have large
+    # ones.
+    np.array([0.05, 0.01], np.float32),
+    np.array([0.04, 0.02], np.float32),
   ]
   return inputs, noise(2, L, cfg.siglip_channels, seed=3)
 
@@ -308,139 +290,3 @@ def test_flux_matches_diffusers_at_every_block(name, with_features):
   for x, y in zip(blocks, states, strict=True):
     agree("FLUX", witness, "every block", x, y, TOLERANCE)
   agree("FLUX", witness, "velocity", ours, theirs, TOLERANCE)
-
-
-# ViT
-
-VITS = {  # config, grid of patches
-  "patch 14, smaller grid": (SiglipConfig(40, 2, 5, 90, 14, 9), (3, 5)),
-  "patch 8, larger grid": (SiglipConfig(48, 3, 4, 179, 8, 4), (7, 6)),
-}
-
-
-def torch_vit(cfg, state, image):
-  """States after the embedding and every block, [B, h*w, D]."""
-  x = F.conv2d(
-    image,
-    state["patch_embed.proj.weight"],
-    state["patch_embed.proj.bias"],
-    stride=cfg.patch,
-  )
-  B, D, h, w = x.shape
-  table = state["pos_embed"].reshape(1, cfg.grid, cfg.grid, D)
-  table = F.interpolate(table.permute(0, 3, 1, 2), (h, w), mode="bilinear")
-  x = (x + table).flatten(2).transpose(1, 2)
-  states = [x]
-  for i in range(cfg.layers):
-    get = lambda name, i=i: (
-      state[f"blocks.{i}.{name}.weight"],
-      state[f"blocks.{i}.{name}.bias"],
-    )
-    y = F.layer_norm(x, (D,), *get("norm1"), eps=1e-6)
-    qkv = F.linear(y, *get("attn.qkv"))
-    q, k, v = rearrange(qkv, "b l (t n d) -> t b n l d", t=3, n=cfg.heads)
-    y = F.scaled_dot_product_attention(q, k, v)
-    x = x + F.linear(rearrange(y, "b n l d -> b l (n d)"), *get("attn.proj"))
-    y = F.layer_norm(x, (D,), *get("norm2"), eps=1e-6)
-    y = F.gelu(F.linear(y, *get("mlp.fc1")))
-    x = x + F.linear(y, *get("mlp.fc2"))
-    states.append(x)
-  return states
-
-
-@pytest.mark.parametrize("name", VITS)
-def test_vit_of_other_shapes_matches_torch_at_every_block(name):
-  cfg, (h, w) = VITS[name]
-  table, tree = siglip.rows(cfg), siglip.abstract(cfg)
-  state = random_state(table, tree)
-  image = np.clip(noise(2, 3, h * cfg.patch, w * cfg.patch), -1, 1)
-  model = siglip.Siglip(cfg)
-
-  @jax.jit
-  def run(params, image):
-    out, calls = recorded(
-      siglip.Block, lambda: model.apply({"params": params}, image)
-    )
-    return out, [calls[0][1][0], *(result[0] for *_, result in calls)]
-
-  ours, states = run(
-    params_from_torch(table, tree, state), image.transpose(0, 2, 3, 1)
-  )
-  theirs = torch_vit(cfg, state, tensor(image))
-  for x, y in zip(states, theirs, strict=True):
-    agree("ViT", "PyTorch", "every block", x, y, TOLERANCE)
-  theirs = theirs[-1].reshape(2, h, w, cfg.width)
-  agree("ViT", "PyTorch", "features", ours, theirs, TOLERANCE)
-
-
-@pytest.mark.parametrize(
-  ("grid", "size"),
-  [
-    (16, (5, 7)),
-    (128, (6, 6)),
-    (128, (72, 72)),
-    (128, (128, 128)),
-    (5, (11, 17)),  # upscaling
-    (7, (7, 20)),
-    (3, (1, 2)),
-    (1, (4, 3)),
-  ],
-)
-def test_position_table_is_resized_as_torch_interpolates(grid, size):
-  table = noise(grid * grid, 6)
-  ours = siglip.resize_table(table, *size)
-  theirs = F.interpolate(
-    tensor(table).T.reshape(1, 6, grid, grid), size, mode="bilinear"
-  )[0].permute(1, 2, 0)
-  agree("ViT", "PyTorch", "resized position table", ours, theirs, 2e-6)
-
-
-# Quantiser
-
-
-def torch_post(state, x):
-  """post_quant_conv and the two residual blocks."""
-  get = lambda name: (state[f"{name}.weight"], state[f"{name}.bias"])
-  x = F.conv2d(x, *get("post_quant_conv"))
-  for i in range(2):
-    h = x
-    for j in (1, 2):
-      h = F.group_norm(h, 32, *get(f"post_conv.{i}.norm{j}"), eps=1e-5)
-      h = F.conv2d(F.gelu(h), *get(f"post_conv.{i}.conv{j}"), padding=1)
-    x = x + h
-  return x
-
-
-@pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_quantiser_of_another_shape_matches_torch(offset):
-  cfg = VQConfig(codebook_size=37, codebook_dim=10, z_channels=96)
-  table, tree = vq.rows(cfg), vq.abstract(cfg)
-  state = random_state(table, tree)
-  state["post_quant_conv.bias"] += offset  # groups that are far off centre
-  params = params_from_torch(table, tree, state)
-  model, features = vq.VQ(cfg, Compute()), noise(2, 4, 3, 96)
-  apply = lambda x, method: jax.jit(model.apply, static_argnames="method")(
-    {"params": params}, x, method=method
-  )
-
-  z = F.conv2d(
-    tensor(features).permute(0, 3, 1, 2),
-    state["quant_conv.weight"],
-    state["quant_conv.bias"],
-  )
-  rows = state["quantize.embedding.weight"]
-  distance = torch.cdist(
-    F.normalize(z, dim=1).permute(0, 2, 3, 1).reshape(-1, 10).double(),
-    F.normalize(rows, dim=1).double(),
-  )
-  codes = distance.argmin(-1).reshape(2, 4, 3)
-  nearest = distance.topk(2, largest=False).values
-  assert (nearest[:, 1] - nearest[:, 0]).min() > 1e-4, "ties prove nothing"
-  agree("quantiser", "PyTorch", "codes", apply(features, "encode"), codes, 0)
-
-  theirs = torch_post(state, rows[codes].permute(0, 3, 1, 2))
-  ours = apply(codes.numpy().astype(np.int32), "decode")
-  agree("quantiser", "PyTorch", "decoded features", ours,
-        theirs.permute(0, 2, 3, 1), TOLERANCE)  # fmt: skip
-
-

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from xomni_jax import bench
-from xomni_jax.bench import compare, measure, part, roofline, work
+from xomni_jax.bench import compare, measure, part, roofline, torch_work, work
 from xomni_jax.config import Compute
 from xomni_jax.errors import InputError
 from xomni_jax.models import flux
@@ -32,6 +32,7 @@ FLUX = dataclasses.replace(
   joint_attention_dim=24,
   pooled_projection_dim=20,
 )
+CONFIGS = {"ar": AR, "flux": FLUX}
 LOAD = work.LOADS["tiny"]
 FIGURES = [f for figures in LOAD.figures().values() for f in figures]
 
@@ -41,7 +42,7 @@ def positive(*values):
 
 
 def test_compare_gives_every_figure_of_equal_results():
-  report = compare.compare(AR, FLUX, LOAD, Compute(), repeats=1)
+  report = compare.compare(CONFIGS, LOAD, Compute(), repeats=1)
   figures = report["figures"]
   # Float32 sums in another order: 1e-6 was seen, a wrong weight gives 1e-1.
   assert all(entry["difference"] < 1e-4 for entry in figures.values())
@@ -53,15 +54,15 @@ def test_compare_gives_every_figure_of_equal_results():
 
 
 def test_compare_refuses_unequal_results(monkeypatch):
-  inputs = work.jax_flux
+  make = torch_work.flux_calls
 
-  def other(cfg, compute, params, load):
-    params["proj_out"]["bias"] += 1.0
-    return inputs(cfg, compute, params, load)
+  def other(cfg, model, load):
+    model.proj_out.bias += 0.1
+    return make(cfg, model, load)
 
-  monkeypatch.setattr(work, "jax_flux", other)
+  monkeypatch.setattr(torch_work, "flux_calls", other)
   with pytest.raises(RuntimeError, match=r"denoising.*differ"):
-    compare.compare(AR, FLUX, LOAD, Compute(), repeats=1)
+    compare.compare({"flux": FLUX}, LOAD, Compute(), repeats=1)
 
 
 def test_full_size_path_gives_every_figure_in_small(
@@ -131,7 +132,7 @@ def test_absent_packages_leave_their_column_empty(monkeypatch):
   found = measure.absent
   without = lambda *names: [n for n in names if n != "numpy"] or found(*names)
   monkeypatch.setattr(measure, "absent", without)
-  report = compare.compare(AR, FLUX, LOAD, Compute(), repeats=1)
+  report = compare.compare(CONFIGS, LOAD, Compute(), repeats=1)
   assert report["absent"] == ["torch", "transformers", "diffusers"]
   for figure in FIGURES:
     assert positive(report["figures"][figure]["jax"])

@@ -61,6 +61,11 @@ def _parse(argv):
     "like 7b, in small and without a GPU (default: %(default)s)",
   )
   add(
+    "--model",
+    choices=("ar", "flux"),
+    help="only this one (default: both, the AR model first)",
+  )
+  add(
     "--config",
     default=str(_ROOT / "configs" / "model.py"),
     metavar="FILE",
@@ -97,6 +102,7 @@ def _parse(argv):
       raise InputError(f"--{name} is {value}, expected a number above 0")
   if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
     raise InputError(f"--json {args.json}: its folder does not exist")
+  args.models = (args.model,) if args.model else ("ar", "flux")
   if args.scan is None:
     args.scan = args.size != "100m"
   return args
@@ -106,12 +112,16 @@ def _small(args) -> dict[str, Any]:
   """The comparison on the CPU, printed; returns what `--json` writes."""
   # PyTorch's part runs there, whatever else this machine has.
   jax.config.update("jax_platforms", "cpu")
-  ar_cfg, flux_cfg = compare.AR_100M, compare.FLUX_100M
+  if busy := measure.busy():
+    print(busy, flush=True)
+  configs = {"ar": compare.AR_100M, "flux": compare.FLUX_100M}
+  configs = {name: configs[name] for name in args.models}
   load, compute = work.LOADS["100m"], Compute(scan_layers=args.scan)
-  report = compare.compare(ar_cfg, flux_cfg, load, compute, args.repeats)
+  report = compare.compare(configs, load, compute, args.repeats)
   print(small_table(report))
   about = {"size": args.size, "device": measure.processor()}
   about |= {"versions": measure.versions(), "load": dataclasses.asdict(load)}
+  about["busy"] = busy
   return about | report
 
 
@@ -144,12 +154,13 @@ def _full(args) -> dict[str, Any]:
   part.read_architecture(args.config, args.size)  # fails before the first part
   load = work.LOADS[args.size]
   parts = {}
-  for model in ("ar", "flux"):
+  for model in args.models:
     for framework in ("jax", "torch"):
       parts[f"{model} {framework}"] = found = _run_part(args, model, framework)
       if "refused" in found:
         raise InputError(found["refused"])
-  device = parts["ar jax"].get("device", "unknown device")
+  named = [p["device"] for p in parts.values() if "device" in p]
+  device = named[0] if named else "unknown device"
   peak = roofline.peak(device, args.bandwidth, args.flops)
   print(full_table(parts, load, peak))
   return {
@@ -197,14 +208,18 @@ def full_table(
   parts: dict[str, Any], load: work.Load, peak: roofline.Peak
 ) -> str:
   """All figures of both frameworks with their share of the peak."""
-  ours = {"ar": parts["ar jax"], "flux": parts["flux jax"]}
-  counts = {n: p["parameters"] for n, p in ours.items() if "parameters" in p}
-  sizes = ", ".join(f"{n} {c / 1e9:.3g}B" for n, c in counts.items())
+  sizes = ", ".join(
+    f"{name} {found['parameters'] / 1e9:.3g}B"
+    for name, found in parts.items()
+    if "parameters" in found
+  )
   lines = [f"{part.DTYPE} parameters: {sizes}; peak {peak.source};"]
   lines += ["ratio is of speeds, JAX / PyTorch; share is of the peak: decoding"]
   lines += ["of the bandwidth, denoising of the arithmetic"]
   rows = []
   for model, figures in load.figures().items():
+    if f"{model} jax" not in parts:
+      continue
     pair = [parts[f"{model} {framework}"] for framework in ("jax", "torch")]
     for figure in figures:
       speeds = [found["figures"].get(figure) for found in pair]

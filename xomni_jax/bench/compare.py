@@ -1,6 +1,7 @@
 """JAX and PyTorch on the CPU, in one process and with the same weights."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -49,14 +50,17 @@ FLUX_100M = FluxConfig(
 
 
 def compare(
-  ar_cfg: ARConfig,
-  flux_cfg: FluxConfig,
+  configs: Mapping[str, ARConfig | FluxConfig],
   load: work.Load,
   compute: Compute,
   repeats: int,
 ) -> dict[str, Any]:
   """Speeds of both frameworks in float32.
 
+  Args:
+    configs: sizes of "ar", "flux" or both; no vision-only blocks.
+    load, compute: what to compute, and how JAX does it.
+    repeats: timed calls a figure.
   Returns:
     parameters: {model: count}; absent: packages without which PyTorch's
     speeds are None; figures: {figure: {"jax", "torch": units/s, "ratio",
@@ -71,10 +75,8 @@ def compare(
 
     torch.set_num_threads(measure.cores())
   out: dict[str, Any] = {"parameters": {}, "absent": [], "figures": {}}
-  for name, cfg, needed in (
-    ("ar", ar_cfg, ("torch", "transformers")),
-    ("flux", flux_cfg, ("torch", "diffusers")),
-  ):
+  for name, cfg in configs.items():
+    needed = ("torch", "transformers" if name == "ar" else "diffusers")
     measure.say(f"{name}: weights ...")
     missing = measure.absent(*needed)
     out["absent"] += [p for p in missing if p not in out["absent"]]

@@ -38,6 +38,19 @@ def processor() -> str:
   return f"{names[0]}, {cores()} cores"
 
 
+def busy() -> str:
+  """A warning if other programs use this machine's cores, else empty."""
+  load = os.getloadavg()[0]
+  if load < cores() / 2:
+    return ""
+  # Seen with 4 busy threads beside it on 2 cores: JAX took 2 to 4 times as
+  # long, PyTorch, whose threads wait for one another at every operation, 10.
+  return (
+    f"load average {load:.1f} on {cores()} cores before the start: the ratios "
+    "mean little, as other programs slow PyTorch down more than JAX"
+  )
+
+
 def absent(*packages: str) -> list[str]:
   """Those of the packages that are not installed."""
   return [p for p in packages if importlib.util.find_spec(p) is None]

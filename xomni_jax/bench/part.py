@@ -82,8 +82,8 @@ def run(task: Task) -> None:
 
   The file holds `device`, `parameters`, `figures` {figure: units/s}, `memory`
   (peak bytes on the device; None where nothing counts them) and, of JAX,
-  `needs` {figure: bytes read per token, or FLOPs per denoising step}. Instead or
-  besides, `absent`, `refused` or `failed` say why some are not there.
+  `needs` {figure: bytes read per token, or FLOPs per denoising step}. `absent`,
+  `refused` or `failed` say why something is not there.
   """
   results: dict[str, Any] = {"figures": {}}
   write = lambda: pathlib.Path(task.out).write_text(json.dumps(results))

@@ -201,7 +201,8 @@ def write_safetensors(
     if size + array.nbytes > max_bytes:
       flush()
       size = 0
-    batch[key] = array
+    # safetensors writes a transposed view in the order of its memory.
+    batch[key] = np.ascontiguousarray(array)
     size += array.nbytes
     total += array.nbytes
   flush()
@@ -228,7 +229,8 @@ def write_pt(
 ) -> None:
   """Writes a pickled state dict; `.safetensors` by that suffix."""
   if path.suffix == ".safetensors":
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    whole = {key: np.ascontiguousarray(array) for key, array in tensors}
+    save_file(whole, path, metadata={"format": "pt"})
     return
   try:
     import torch
@@ -239,6 +241,8 @@ def write_pt(
     ) from None
 
   def tensor(array):
+    # A device's array is read-only, which torch warns of.
+    array = np.require(array, requirements=["C", "W"])
     if array.dtype == jnp.bfloat16:
       return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xomni_jax.config import Compute, FluxConfig, SchedulerConfig
+from xomni_jax.mesh import constrain
 from xomni_jax.models.flux import Flux
 
 GUIDANCE = 1.0  # X-Omni decodes with the distilled guidance switched off
@@ -33,11 +34,13 @@ def sigmas(cfg: SchedulerConfig, tokens: int, steps: int) -> np.ndarray:
   return np.append(levels, 0).astype(np.float32)
 
 
+@jax.jit
 def pack(latents: jax.Array) -> jax.Array:
   """[B, C, 2h, 2w] -> [B, h*w, 4C]: channel c * 4 + 2 * row + column."""
   B, C, H, W = latents.shape
   x = latents.reshape(B, C, H // 2, 2, W // 2, 2)
-  return x.transpose(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, 4 * C)
+  x = x.transpose(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, 4 * C)
+  return constrain(x, "batch", "length", None)
 
 
 def unpack(packed: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -93,7 +96,8 @@ def euler_step(
     grid=grid,
     cfg_scale=cfg_scale,
   )
-  return latents + (next_level - level) * v
+  # Laid out as they came, or the next step would be a new program.
+  return constrain(latents + (next_level - level) * v, "batch", "length", None)
 
 
 def velocity(

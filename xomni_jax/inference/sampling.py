@@ -20,7 +20,6 @@ from xomni_jax.config import ARConfig, Compute
 from xomni_jax.errors import InputError
 from xomni_jax.mesh import constrain
 from xomni_jax.models import ar
-from xomni_jax.models.layers import KVCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +152,18 @@ class State(NamedTuple):
   keys: jax.Array
   done: jax.Array
 
+  def axes(self) -> "State":
+    """The logical axes of every array, in the same tree."""
+    rows = lambda x: ("batch", None)[: x.ndim]
+    cache = jax.tree.map(lambda x: ar.cache_axes(x.ndim), self.cache)
+    return State(cache, *map(rows, self[1:]))
+
+
+def _constrain(state):
+  """Every step hands on what it was handed: else the next is a new program."""
+  axes = state.axes()
+  return jax.tree.map(lambda x, names: constrain(x, *names), state, axes)
+
 
 @partial(jax.jit, static_argnames=("cfg", "compute", "steps", "copies"))
 def prefill(
@@ -194,26 +205,20 @@ def prefill(
         empty, repeat(new, rows).astype(empty.dtype), (0,) * empty.ndim
       ),
       cache,
-      _as_cache(fresh),
+      fresh,
     )
   future = jnp.ones((R, steps), bool)
-  return State(
-    cache=cache,
-    token=repeat(tokens[:, -1]),
-    position=repeat(positions[:, -1]),
-    slot=jnp.int32(T - 1),
-    valid=jnp.concatenate([repeat(valid[:, :-1]), future], axis=1),
-    keys=keys,
-    done=jnp.zeros(keys.shape, bool),
+  return _constrain(
+    State(
+      cache=cache,
+      token=repeat(tokens[:, -1]),
+      position=repeat(positions[:, -1]),
+      slot=jnp.int32(T - 1),
+      valid=jnp.concatenate([repeat(valid[:, :-1]), future], axis=1),
+      keys=keys,
+      done=jnp.zeros(keys.shape, bool),
+    )
   )
-
-
-def _as_cache(fresh):
-  """The model's new keys and values as `init_cache` arranges them."""
-  return {
-    name: kv if isinstance(kv, KVCache) else tuple(kv)
-    for name, kv in fresh.items()
-  }
 
 
 def _hidden(params, state, cfg, compute):
@@ -234,12 +239,14 @@ def _advance(state, cache, drawn, first, sampling, done=None):
   token = drawn.token + first
   if sampling.cfg_scale != 1:
     token = jnp.concatenate([token, token])
-  return state._replace(
-    cache=cache,
-    token=token,
-    position=state.position + 1,
-    slot=state.slot + 1,
-    done=state.done if done is None else done,
+  return _constrain(
+    state._replace(
+      cache=cache,
+      token=token,
+      position=state.position + 1,
+      slot=state.slot + 1,
+      done=state.done if done is None else done,
+    )
   )
 
 

@@ -166,7 +166,9 @@ class XOmniAR(nn.Module):
       if not length:
         continue
       block = Block(cfg, self.compute, name != "lm", self.keep_kv, parent=None)
-      params = self.param(name, stack_init(block, length, x_BTD, *args))
+      # Shapes alone count here, and `valid_BS` is as long as the cache.
+      init = stack_init(block, length, x_BTD, rope, image_BT, image_BT)
+      params = self.param(name, init)
       x_BTD, out[name] = run_stack(
         block,
         params,
@@ -241,9 +243,7 @@ def init_cache(
 
   def empty(*lead):
     zeros = jnp.zeros((*lead, *shape), dtype)
-    zeros = constrain(
-      zeros, *(None for _ in lead), "batch", "kv_heads", None, None
-    )
+    zeros = constrain(zeros, *cache_axes(zeros.ndim))
     return KVCache(zeros, zeros)
 
   if compute.scan_layers:
@@ -253,6 +253,11 @@ def init_cache(
     for n, size in stacks(cfg).items()
     if size
   }
+
+
+def cache_axes(ndim: int) -> tuple[str | None, ...]:
+  """Logical axes of the cache's arrays, of one layer (4) or of all (5)."""
+  return ("layers", "batch", "kv_heads", None, None)[-ndim:]
 
 
 _BLOCK = [

@@ -24,7 +24,12 @@ class ResBlock(nn.Module):
     h = x_BhwZ
     for i in ("1", "2"):
       h = nn.GroupNorm(
-        num_groups=32, epsilon=1e-5, dtype=self.dtype, name=f"norm{i}"
+        num_groups=32,
+        epsilon=1e-5,
+        dtype=self.dtype,
+        # The fast one, E[x^2] - E[x]^2, cancels where a group is off centre.
+        use_fast_variance=False,
+        name=f"norm{i}",
       )(h)
       h = nn.gelu(h, approximate=False)
       h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name=f"conv{i}")(h)
