@@ -50,12 +50,18 @@ def make_mesh(
       f"mesh {given} needs {count} devices, got {len(devices)}; "
       "lower a size (each at least 1)"
     )
-  return jax.make_mesh(
-    sizes,
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices[:count],
-  )
+  try:
+    return jax.make_mesh(
+      sizes,
+      AXES,
+      axis_types=(AxisType.Auto,) * len(AXES),
+      devices=devices[:count],
+    )
+  except AssertionError:  # JAX's, for a part of a TPU slice that is no block
+    raise InputError(
+      f"mesh of {count} of {len(devices)} devices is no block of the slice; "
+      f"use all {len(devices)}"
+    ) from None
 
 
 def parse_sizes(text: str) -> dict[str, int]:
