@@ -5,8 +5,6 @@ holds a value or was refused. Field names are those of the released files.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from xomni_jax.errors import InputError
 
@@ -415,45 +413,6 @@ class XOmniConfig:
     )
 
 
-def from_mapping(cls, mapping: Mapping[str, Any], where: str, **known: Any):
-  """A config dataclass from a mapping (parsed JSON or a ConfigDict).
-
-  Args:
-    cls: the dataclass; its fields are looked up by name, others are ignored.
-    mapping: the settings.
-    where: named in errors.
-    **known: settings that exist upstream but of which only one value is
-      implemented; an absent one counts as that value.
-  Raises:
-    InputError: fields are missing, of the wrong type, or not implemented.
-  """
-  problems, values = [], {}
-  for field in dataclasses.fields(cls):
-    if field.name in mapping:
-      value = mapping[field.name]
-      if isinstance(value, (list, tuple)):
-        value = tuple(value)
-      kind = field.type
-      if kind is float and type(value) is int:
-        value = float(value)
-      if isinstance(kind, type) and type(value) is not kind:
-        problems.append(
-          f"{field.name} is {value!r}, expected a {kind.__name__}"
-        )
-      values[field.name] = value
-    elif field.default is dataclasses.MISSING:
-      problems.append(f"{field.name} is missing")
-  for name, only in known.items():
-    if name in mapping and mapping[name] != only:
-      problems.append(f"{name} is {mapping[name]!r}, only {only!r} is known")
-  if problems:
-    raise InputError(f"{where}: " + "; ".join(problems))
-  try:
-    return cls(**values)
-  except InputError as e:
-    raise InputError(f"{where}: {e}") from None
-
-
 @dataclasses.dataclass(frozen=True)
 class Architecture:
   """Sizes of every part of a model, without its files."""
@@ -465,30 +424,3 @@ class Architecture:
   vae: VAEConfig
   clip: CLIPConfig
   t5: T5Config
-
-
-def architecture(config: Mapping[str, Any], where: str) -> Architecture:
-  """An Architecture from an `ml_collections` config with a section a part.
-
-  Raises:
-    InputError: a section or a setting is missing, unknown or wrong.
-  """
-  parts = {f.name: f.type for f in dataclasses.fields(Architecture)}
-  missing = [name for name in parts if name not in config]
-  unknown = [
-    f"{part}.{name}"
-    for part, cls in parts.items()
-    if part in config
-    for name in config[part]
-    if name not in {f.name for f in dataclasses.fields(cls)}
-  ]
-  if missing or unknown:
-    raise InputError(
-      f"{where}: missing sections {missing}, unknown settings {unknown}"
-    )
-  return Architecture(
-    **{
-      name: from_mapping(cls, config[name], f"{where}: {name}")
-      for name, cls in parts.items()
-    }
-  )

@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from xomni_jax import config as config_lib
 from xomni_jax import mesh as mesh_lib
 from xomni_jax import params as params_lib
-from xomni_jax.config import Architecture, ARConfig, Compute, FluxConfig
+from xomni_jax.config import ARConfig, Compute, FluxConfig
+from xomni_jax.config_files import load_architecture
 from xomni_jax.errors import InputError
 from xomni_jax.inference import flow, sampling
 from xomni_jax.models import ar, flux
@@ -191,34 +191,6 @@ def _parse(argv):
   )
   add("--json", metavar="FILE", help="write the plans there too")
   return parser.parse_args(argv)
-
-
-def load_architecture(spec: str | None) -> Architecture:
-  """The Architecture of "FILE[:SIZE]", a Python file with `get_config`.
-
-  None: `configs/model.py` of the repository, at full size.
-  """
-  if spec is None:
-    path = pathlib.Path(__file__).parents[1] / "configs" / "model.py"
-    if not path.exists():
-      raise InputError(
-        "no configs/model.py beside the package; name one with --config"
-      )
-    spec = str(path)
-  name, _, size = spec.partition(":")
-  path = pathlib.Path(name)
-  if not path.is_file() or path.suffix != ".py":
-    raise InputError(f"{name}: no such Python file; expected FILE.py[:SIZE]")
-  module_spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
-  if not hasattr(module, "get_config"):
-    raise InputError(f"{name}: has no get_config")
-  try:
-    config = module.get_config(*filter(None, [size]))
-  except ValueError as e:
-    raise InputError(f"{name}: {e}") from None
-  return config_lib.architecture(config, name)
 
 
 def open_target(name: str) -> Target:

@@ -113,6 +113,7 @@ def test_configs_are_read_as_they_were_written(case):
   assert model.config.ar == sizes.ar
   assert model.config.vq == sizes.vq
   assert model.config.transform == recipe.transform
+  assert model.config.siglip_heads == sizes.siglip.heads
   assert model.pixels_per_token == recipe.upscale_factor
   counts = {
     name: sum(x.size for x in jax.tree.leaves(tree))

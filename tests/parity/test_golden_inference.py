@@ -335,7 +335,7 @@ def check_image(ours, theirs, file):
   """8-bit images within one level, which rounding alone may cost."""
   assert ours.dtype == theirs.dtype == np.uint8
   np.testing.assert_array_equal(theirs, Image.open(GOLDEN / "images" / file))
-  agree("decoding loop", WITNESS, "8-bit image", ours, theirs, 1.5)
+  agree("decoding loop", WITNESS, "8-bit image", ours, theirs, 1)
 
 
 def test_decoded_image_matches_golden(golden, square):

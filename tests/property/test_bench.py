@@ -10,6 +10,7 @@ import pytest
 from xomni_jax import bench
 from xomni_jax.bench import compare, measure, part, roofline, torch_work, work
 from xomni_jax.config import Compute
+from xomni_jax.config_files import load_architecture
 from xomni_jax.errors import InputError
 from xomni_jax.models import flux
 
@@ -120,7 +121,7 @@ def test_full_size_without_a_gpu_is_an_input_error(monkeypatch):
     (["--repeats", "0"], "repeats is 0, expected"),
     (["--bandwidth", "-1"], "bandwidth is -1"),
     (["--json", "/no/such/folder/x.json"], "folder does not exist"),
-    (["--size", "7b", "--config", "no.py"], r"no\.py is not a file"),
+    (["--size", "7b", "--config", "no.py"], r"no\.py: no such Python file"),
   ],
 )
 def test_bad_arguments_are_input_errors(args, message):
@@ -156,7 +157,7 @@ def test_step_flops_are_what_the_compiler_counts():
 
 
 def test_decode_bytes_are_weights_and_cache():
-  cfg = part.read_architecture(bench._parse([]).config, "7b").ar
+  cfg = load_architecture(bench._parse([]).config + ":7b").ar
   attention = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3584 + 2 * 512
   block = attention + 3 * 3584 * 18944 + 2 * 3584
   weights = 36 * block + 16384 * 3584

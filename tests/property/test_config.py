@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs.model import get_config
 from tests.helpers import GOLDEN
-from xomni_jax import config, mesh
+from xomni_jax import config, config_files, mesh
 from xomni_jax.checkpoints import released_config
 from xomni_jax.errors import InputError
 
@@ -56,10 +56,10 @@ def test_all_problems_of_a_config_are_named_at_once(raw):
 
 
 def test_architecture_comes_from_a_config_dict():
-  arch = config.architecture(get_config("7b"), "configs/model.py")
+  arch = config_files.architecture(get_config("7b"), "configs/model.py")
   assert arch.ar.num_lm_layers == 28
   assert arch.flux.axes_dims_rope == (16, 56, 56)
-  assert hash(arch) == hash(config.architecture(get_config("7b"), "c"))
+  assert hash(arch) == hash(config_files.architecture(get_config("7b"), "c"))
 
 
 def test_architecture_refuses_what_it_does_not_know():
@@ -67,11 +67,11 @@ def test_architecture_refuses_what_it_does_not_know():
   cfg.ar.colour = "red"
   del cfg.t5
   with pytest.raises(InputError, match=r"missing sections \['t5'\].*ar.colour"):
-    config.architecture(cfg, "c")
+    config_files.architecture(cfg, "c")
 
 
 def test_tiny_config_is_the_golden_checkpoint(raw):
-  tiny = config.architecture(get_config("tiny"), "c")
+  tiny = config_files.architecture(get_config("tiny"), "c")
   assert tiny.ar == released_config.ar_config(raw, "c")
   flux = json.loads((GOLDEN / "xomni/flux/config.json").read_text())
   assert tiny.flux == released_config.flux_config(flux, "c")

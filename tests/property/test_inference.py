@@ -213,6 +213,7 @@ def test_chat_stops_at_the_end_token_and_drops_it(tiny, golden, monkeypatch):
 def test_bfloat16_logits_stay_near_float32(tiny, golden):
   model = xomni_jax.load(GOLDEN / "xomni", dtype="bfloat16")
   assert {str(x.dtype) for x in jax.tree.leaves(model.params)} == {"bfloat16"}
+  assert model.compute.dtype == "bfloat16"
   mask = golden["ar/batch/attention_mask"] == 1
   for mode in ("text", "image"):
     low, high = (

@@ -158,6 +158,7 @@ def test_guidance_of_one_is_the_conditional_distribution():
     ("temperature", float("nan")),
     ("temperature", float("inf")),
     ("top_k", -1),
+    ("top_k", 2.5),
     ("top_p", 0.0),
     ("top_p", 1.01),
     ("top_p", float("nan")),

@@ -26,6 +26,7 @@ import jax
 
 from xomni_jax.bench import compare, measure, part, roofline, work
 from xomni_jax.config import Compute
+from xomni_jax.config_files import load_architecture
 from xomni_jax.errors import InputError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -151,7 +152,8 @@ def small_table(report: dict[str, Any]) -> str:
 
 def _full(args) -> dict[str, Any]:
   """The parts one after the other, printed; returns what `--json` writes."""
-  part.read_architecture(args.config, args.size)  # fails before the first part
+  # Fails before the first part.
+  load_architecture(f"{args.config}:{args.size}")
   load = work.LOADS[args.size]
   parts = {}
   for model in args.models:

@@ -6,7 +6,6 @@ them.
 """
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import sys
@@ -14,8 +13,9 @@ import time
 import traceback
 from typing import Any
 
-from xomni_jax import config as config_lib
 from xomni_jax.bench import measure
+from xomni_jax.config import Compute
+from xomni_jax.config_files import load_architecture
 from xomni_jax.errors import InputError
 
 DTYPE = "bfloat16"
@@ -56,27 +56,6 @@ def main(task: str) -> None:
   run(Task(**json.loads(task)))
 
 
-def read_architecture(path: str, size: str) -> config_lib.Architecture:
-  """The sizes that `get_config(size)` of a Python file gives.
-
-  Raises:
-    InputError: no such file, no such size, or it does not fit.
-  """
-  if not pathlib.Path(path).is_file():
-    raise InputError(
-      f"config {path} is not a file; run from a clone of the project, whose "
-      "configs/model.py has the sizes, or name the file with --config"
-    )
-  spec = importlib.util.spec_from_file_location("bench_config", path)
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    config = module.get_config(size)
-  except Exception as e:
-    raise InputError(f"config {path}: {type(e).__name__}: {e}") from e
-  return config_lib.architecture(config, path)
-
-
 def run(task: Task) -> None:
   """Does a task; the results are in its file.
 
@@ -110,9 +89,9 @@ def _run_jax(task, results, write):
       f"size {task.size} needs a GPU, jax sees only {device.platform}; "
       "on a machine with one, install xomni_jax[gpu]"
     )
-  cfg = getattr(read_architecture(task.config, task.size), task.model)
+  cfg = getattr(load_architecture(f"{task.config}:{task.size}"), task.model)
   load = work.LOADS[task.size]
-  compute = config_lib.Compute(dtype=DTYPE, scan_layers=task.scan)
+  compute = Compute(dtype=DTYPE, scan_layers=task.scan)
   results["device"] = device.device_kind
   tree = (ar if task.model == "ar" else flux).abstract(cfg)
   results["parameters"] = work.count(tree)
@@ -152,7 +131,7 @@ def _run_torch(task, results, write):
     return
   from xomni_jax.bench import torch_work, work
 
-  cfg = getattr(read_architecture(task.config, task.size), task.model)
+  cfg = getattr(load_architecture(f"{task.config}:{task.size}"), task.model)
   load = work.LOADS[task.size]
   on_gpu = torch.cuda.is_available()
   device = "cuda" if on_gpu else "cpu"

@@ -19,8 +19,8 @@ from xomni_jax.config import (
   VAEConfig,
   VQConfig,
   XOmniConfig,
-  from_mapping,
 )
+from xomni_jax.config_files import from_mapping
 from xomni_jax.errors import InputError
 
 # Heads can't be read off the ViT's weights, and the released config.json names

@@ -46,7 +46,11 @@ class Sampling:
   def __post_init__(self):
     checks = (
       ("temperature", 0 < self.temperature < float("inf"), "a number above 0"),
-      ("top_k", self.top_k >= 0, "0 (off) or more"),
+      (
+        "top_k",
+        type(self.top_k) is int and self.top_k >= 0,
+        "a whole number, 0 (off) or more",
+      ),
       ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
       ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
       ("cfg_scale", 1 <= self.cfg_scale < float("inf"), "at least 1"),
