@@ -53,6 +53,7 @@ setup(
       "import-linter>=2.1",
       "libtpu>=0.0.52; platform_machine == 'x86_64'",
       "pytest>=8.3",
+      "pytest-xdist>=3.6",
       "ruff>=0.12",
       *TORCH,
     ],

@@ -64,7 +64,8 @@ case $verb in
     "$venv/bin/ruff" check .
     "$venv/bin/ruff" format --check .
     "$venv/bin/lint-imports"
-    exec "$venv/bin/python" -m pytest "$@"
+    # By file: the tests of a file share what they compiled.
+    exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
     ;;
   *) exec "$venv/bin/python" -m xomni_jax "$verb" "$@" ;;
 esac

@@ -11,7 +11,7 @@ import pytest
 
 from configs.model import get_config
 from tests.helpers import max_difference, params_from_torch, random_state
-from xomni_jax import config, params
+from xomni_jax import config_files, params
 from xomni_jax.errors import InputError
 from xomni_jax.models import ar, flux, siglip, text_encoders, vae, vq
 from xomni_jax.params import Row
@@ -175,7 +175,7 @@ def test_torch_shape_of_every_layout():
 
 def full_size():
   """{section of the layout file: (table, abstract parameters)}."""
-  sizes = config.architecture(get_config("7b"), "configs/model.py:7b")
+  sizes = config_files.architecture(get_config("7b"), "configs/model.py:7b")
   return {
     "AR": (ar.rows(sizes.ar), ar.abstract(sizes.ar)),
     "vit": (siglip.rows(sizes.siglip), siglip.abstract(sizes.siglip)),
@@ -252,7 +252,7 @@ def test_tiny_config_has_the_shapes_of_the_golden_checkpoint():
 
   opened = checkpoint.open_checkpoint(GOLDEN / "xomni")
   decoder = checkpoint.open_decoder(opened, GOLDEN / "flux1")
-  sizes = config.architecture(get_config("tiny"), "configs/model.py:tiny")
+  sizes = config_files.architecture(get_config("tiny"), "configs/model.py:tiny")
   assert sizes.ar == opened.config.ar
   assert sizes.siglip == opened.siglip
   assert sizes.vq == opened.config.vq

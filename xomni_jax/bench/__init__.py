@@ -34,7 +34,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 class _Parser(argparse.ArgumentParser):
   def error(self, message):
-    raise InputError(f"bench: {message}")
+    raise InputError(message)
 
 
 def main(argv: list[str]) -> int:

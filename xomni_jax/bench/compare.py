@@ -65,8 +65,7 @@ def compare(
     parameters: {model: count}; absent: packages without which PyTorch's
     speeds are None; figures: {figure: {"jax", "torch": units/s, "ratio",
     "difference"}}, where the difference is the largest one between the two
-    results as a share of the largest value, and `logits` stands for
-    the AR model's logits (a difference only).
+    results as a share of the largest value; `logits` has a difference only.
   Raises:
     RuntimeError: the results differ, so that a ratio would mean nothing.
   """
@@ -96,17 +95,19 @@ def compare(
       start = time.perf_counter()
       calls = [make[figure]() for make in makers]
       results = [call() for call in calls]  # the warm-up
+      difference = _difference(figure, *results) if not missing else None
       seconds = measure.median_seconds(calls, repeats)
       speeds = [amount / s for s in seconds]
       took = time.perf_counter() - start
       shown = " | ".join(map(measure.number, speeds))
       measure.say(f"{name}: {figure}: {shown} ({took:.0f} s)")
-      entry = {"jax": speeds[0], "torch": None, "ratio": None}
-      entry["difference"] = None
-      if len(speeds) > 1:
-        entry |= {"torch": speeds[1], "ratio": speeds[0] / speeds[1]}
-        entry["difference"] = _difference(figure, *results)
-      out["figures"][figure] = entry
+      theirs = speeds[1] if not missing else None
+      out["figures"][figure] = {
+        "jax": speeds[0],
+        "torch": theirs,
+        "ratio": theirs and speeds[0] / theirs,
+        "difference": difference,
+      }
   return out
 
 
