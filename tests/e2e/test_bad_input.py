@@ -474,7 +474,7 @@ def test_export_of_a_broken_source_leaves_nothing(tree, fails, tmp_path):
     tree / "xomni/flux/diffusion_pytorch_model-00001-of-00002.safetensors"
   )
   assert "not a whole safetensors" in fails(
-    "export", tree / "xomni", tmp_path / "out"
+    "export", tree / "xomni", tmp_path / "new" / "out"
   )
 
 

@@ -270,6 +270,7 @@ def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
       f"{out}: exists already; name a new folder, or remove it first"
     )
   staging = out.with_name(f"{out.name}.partial-{os.getpid()}")
+  made = [parent for parent in out.parents if not parent.exists()]
   try:
     staging.mkdir(parents=True)
   except OSError as e:
@@ -281,4 +282,6 @@ def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
     staging.rename(out)
   except BaseException:
     shutil.rmtree(staging, ignore_errors=True)
+    for parent in made:
+      parent.rmdir()
     raise

@@ -45,7 +45,7 @@ class Sampling:
 
   def __post_init__(self):
     checks = (
-      ("temperature", 0 < self.temperature < float("inf"), "a number above 0"),
+      ("temperature", 1e-6 <= self.temperature < float("inf"), "above 0"),
       (
         "top_k",
         type(self.top_k) is int and self.top_k >= 0,

@@ -32,7 +32,12 @@ _THETA = 10000.0
 def _norm(x, dtype):
   """LayerNorm without weights."""
   return nn.LayerNorm(
-    epsilon=1e-6, use_bias=False, use_scale=False, dtype=dtype
+    epsilon=1e-6,
+    use_bias=False,
+    use_scale=False,
+    # E[x^2] - E[x]^2 cancels where a mean is far from zero.
+    use_fast_variance=False,
+    dtype=dtype,
   )(x)
 
 

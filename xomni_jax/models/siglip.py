@@ -35,7 +35,13 @@ class Block(nn.Module):
   def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, None]:
     cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
     head_dim = cfg.width // cfg.heads
-    norm_ = lambda name: nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name)
+    norm_ = lambda name: nn.LayerNorm(
+      epsilon=1e-6,
+      # E[x^2] - E[x]^2 cancels where a mean is far from zero.
+      use_fast_variance=False,
+      dtype=dtype,
+      name=name,
+    )
     qkv = nn.DenseGeneral((3, cfg.heads, head_dim), dtype=dtype, name="qkv")(
       norm_("norm1")(x_BLD)
     )
