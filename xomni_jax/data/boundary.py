@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from xomni_jax.errors import InputError
 
 
@@ -26,3 +28,23 @@ def encodable(text: str) -> str:
       "check the encoding of its source"
     ) from None
   return text
+
+
+def codes_grid(codes, codebook_size: int | None = None) -> np.ndarray:
+  """i32[h, w] within the codebook (None: of unknown size).
+
+  Raises:
+    InputError: codes are no grid of integers, or outside the codebook.
+  """
+  codes = np.asarray(codes)
+  if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
+    raise InputError(
+      f"codes are {codes.dtype}{list(codes.shape)}, expected i32[h, w]"
+    )
+  limit = 2**31 if codebook_size is None else codebook_size
+  if codes.min() < 0 or codes.max() >= limit:
+    raise InputError(
+      f"codes lie in {codes.min()}..{codes.max()}, expected 0..{limit - 1}, "
+      "the codebook's"
+    )
+  return codes.astype(np.int32)

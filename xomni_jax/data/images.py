@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from xomni_jax.config import TransformConfig
-from xomni_jax.data.boundary import unreadable
+from xomni_jax.data.boundary import codes_grid, unreadable
 from xomni_jax.errors import InputError
 
 # Where Pillow itself begins to warn of a decompression bomb: 256 MiB as RGB.
@@ -164,16 +164,7 @@ def codes_picture(codes, codebook_size: int, scale: int = 8) -> Image.Image:
   Raises:
     InputError: codes are no grid, or outside the codebook.
   """
-  codes = np.asarray(codes)
-  if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
-    raise InputError(
-      f"codes are {codes.dtype}{list(codes.shape)}, expected a grid of integers"
-    )
-  if codes.min() < 0 or codes.max() >= codebook_size:
-    raise InputError(
-      f"codes go from {codes.min()} to {codes.max()}, expected 0 to "
-      f"{codebook_size - 1}"
-    )
+  codes = codes_grid(codes, codebook_size)
   rgb = _colours(codes).repeat(scale, axis=0).repeat(scale, axis=1)
   return Image.fromarray(rgb)
 

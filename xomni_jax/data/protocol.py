@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xomni_jax.data.boundary import encodable, has_files, unreadable
+from xomni_jax.data.boundary import (
+  codes_grid,
+  encodable,
+  has_files,
+  unreadable,
+)
 from xomni_jax.errors import InputError
 
 SOM, EOM, IMAGE = "<SOM>", "<EOM>", "<IMAGE>"
@@ -30,13 +35,7 @@ def image_string(codes) -> str:
   Raises:
     InputError: codes are no grid of non-negative integers.
   """
-  codes = np.asarray(codes)
-  if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
-    raise InputError(
-      f"codes are {codes.dtype}{list(codes.shape)}, expected a grid of integers"
-    )
-  if codes.min() < 0:
-    raise InputError(f"codes hold {codes.min()}, expected at least 0")
+  codes = codes_grid(codes)
   tokens = "".join(_mm_token(code) for code in codes.ravel().tolist())
   return image_prefix(*codes.shape) + tokens + EOM
 

@@ -8,21 +8,6 @@ from xomni_jax.config import ARConfig
 from xomni_jax.errors import InputError
 
 
-def codes_grid(codes, codebook_size: int) -> np.ndarray:
-  """i32[h, w] within the codebook."""
-  codes = np.asarray(codes)
-  if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
-    raise InputError(
-      f"codes are {codes.dtype}{list(codes.shape)}, expected i32[h, w]"
-    )
-  if codes.min() < 0 or codes.max() >= codebook_size:
-    raise InputError(
-      f"codes lie in {codes.min()}..{codes.max()}, expected "
-      f"0..{codebook_size - 1}, the codebook's"
-    )
-  return codes.astype(np.int32)
-
-
 def grid_of(size: Sequence[int], px: int) -> tuple[int, int]:
   """(h, w) in codes of (height, width) in px, `px` a code."""
   if len(size) != 2 or any(s < px or s % px for s in size):

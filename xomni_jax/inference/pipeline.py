@@ -16,6 +16,7 @@ from tqdm import tqdm
 from xomni_jax.checkpoints import released
 from xomni_jax.config import Compute
 from xomni_jax.data import images, protocol
+from xomni_jax.data.boundary import codes_grid
 from xomni_jax.errors import InputError
 from xomni_jax.inference import arguments, sampling
 from xomni_jax.inference import checkpoint as checkpoint_lib
@@ -183,7 +184,7 @@ class Model:
     """
     painter = self._need_painter()
     arguments.seed_number(seed)
-    codes = arguments.codes_grid(codes, self.config.vq.codebook_size)
+    codes = codes_grid(codes, self.config.vq.codebook_size)
     default = self.config.decoder
     with jax.set_mesh(self.mesh):
       features = _features(
