@@ -7,7 +7,7 @@ nothing and a process that only scores text never imports jax.
 import importlib
 
 _PUBLIC = {
-  "load": "xomni_jax.inference.pipeline",
+  "load": "xomni_jax.inference.loading",
   "Model": "xomni_jax.inference.pipeline",
   "Generated": "xomni_jax.inference.pipeline",
   "make_mesh": "xomni_jax.mesh",

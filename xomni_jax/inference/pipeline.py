@@ -1,19 +1,16 @@
-"""The public API: a loaded model that draws, reads and talks about images."""
+"""A loaded model: it draws, reads and talks about images."""
 
 import dataclasses
-import pathlib
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from xomni_jax.checkpoints import released
 from xomni_jax.config import Compute
 from xomni_jax.data import images, protocol
 from xomni_jax.data.boundary import codes_grid
@@ -22,7 +19,7 @@ from xomni_jax.inference import arguments, sampling
 from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference.painter import Painter
 from xomni_jax.inference.sampling import Drawn, Sampling
-from xomni_jax.mesh import describe, make_mesh
+from xomni_jax.mesh import describe
 from xomni_jax.models import ar, siglip, vq
 
 # Prompts are padded to a multiple of this, so that a new length seldom means a
@@ -53,59 +50,8 @@ class Generated:
   seconds: dict[str, float]
 
 
-def load(
-  path_or_hub_id: str | pathlib.Path,
-  flux: str | pathlib.Path | None = None,
-  dtype: Any = None,
-  mesh: jax.sharding.Mesh | None = None,
-  *,
-  progress: bool = False,
-) -> "Model":
-  """Loads a checkpoint in the released layout.
-
-  Args:
-    path_or_hub_id: an X-Omni folder, or its Hugging Face hub id.
-    flux: a FLUX.1-dev folder or hub id; only needed to decode images.
-    dtype: "float32" or "bfloat16", of parameters and matmuls; None: float32 on
-      CPU, else bfloat16.
-    mesh: where to put it (`xomni_jax.make_mesh`); None: the first device.
-    progress: show progress bars on standard error, here and in later calls.
-  Raises:
-    InputError: the files are incomplete, or do not fit each other.
-  """
-  mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-  on_cpu = mesh.devices.flat[0].platform == "cpu"
-  dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16)).name
-  compute = Compute(dtype=dtype, scan_layers=not on_cpu)
-  opened = checkpoint_lib.open_checkpoint(path_or_hub_id)
-  cfg = opened.config.ar
-  tokenizer = protocol.load_tokenizer(
-    opened.folder, cfg.vocab_size, cfg.image_vocab_size
-  )
-  total = cfg.vocab_size + cfg.mm_vocab_size
-  if (
-    last := max(tokenizer.som_id, tokenizer.eom_id, tokenizer.image_id)
-  ) >= total:
-    raise InputError(
-      f"{opened.folder}: the tokenizer's image tokens reach id {last}, the "
-      f"model's vocabulary ends at {total - 1}"
-    )
-  parts = dict(opened.parts)
-  decoder = None
-  if flux is not None:
-    decoder = checkpoint_lib.open_decoder(opened, flux)
-    parts |= decoder.parts
-  params = {}
-  total = sum(part.tensors for part in parts.values())
-  with tqdm(total=total, unit="tensor", disable=not progress) as bar:
-    for name, part in parts.items():
-      bar.set_description(f"loading {part.name}")
-      params[name] = released.load(part, mesh, dtype, bar.update)
-  return Model(opened, decoder, tokenizer, params, mesh, compute, progress)
-
-
 class Model:
-  """A loaded X-Omni; `load` makes one."""
+  """A loaded X-Omni; `xomni_jax.load` makes one."""
 
   def __init__(
     self,
