@@ -10,6 +10,17 @@ HERE = pathlib.Path(__file__).parent
 # Reading and writing `.pt` files, and parity tests: the model needs no torch.
 TORCH = ["torch>=2.6"]
 
+TRAIN = [
+  "array_record>=0.8.6",
+  "grain>=0.2.18",
+  "matplotlib>=3.10",  # its wheel brings the fonts of the drawn world
+  "optax>=0.2.8",
+  "orbax-checkpoint>=0.12.8",
+  "pyarrow>=20",
+  "tensorboardX>=2.6",
+]
+TEXT = ["tensorflow-text>=2.21"]  # imported only where a config asks for it
+
 setup(
   name="xomni-jax",
   version="0.1.0",
@@ -36,16 +47,10 @@ setup(
     "transformers>=5.0",  # tokenizers only
   ],
   extras_require={
-    "cpu": TORCH,
-    "tpu": [
-      "jax[tpu]>=0.10.2",
-      "diffusers>=0.42",
-      "grain>=0.2.18",
-      "optax>=0.2.8",
-      "orbax-checkpoint>=0.12.8",
-      "tensorflow-text>=2.21",
-    ],
-    "gpu": ["jax[cuda13]>=0.10.2", *TORCH],
+    "train": TRAIN,
+    "cpu": [*TORCH, *TRAIN],
+    "tpu": ["jax[tpu]>=0.10.2", "diffusers>=0.42", *TRAIN, *TEXT],
+    "gpu": ["jax[cuda13]>=0.10.2", *TORCH, *TRAIN],
     "sidecar": ["ray[serve]>=2.60", *TORCH],
     "eval": ["lmms-eval>=0.7.3"],
     "dev": [
@@ -56,6 +61,8 @@ setup(
       "pytest-xdist>=3.6",
       "ruff>=0.12",
       *TORCH,
+      *TRAIN,
+      *TEXT,
     ],
   },
   entry_points={"console_scripts": ["xomni=xomni_jax.cli:main"]},

@@ -1,0 +1,114 @@
+"""What a stage gives the loop.
+
+A stage is data and pure functions: which parameters there are, the loss of a
+batch, and, for people, pictures and files. It knows nothing of optimisers,
+meshes, checkpoints or logs.
+
+Losses and metrics are *contributions*: the loop adds up what it gets from
+every device and every microbatch. So a loss divides by the totals of the whole
+global batch, which the loop hands to it, and not by its own counts.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from PIL import Image
+
+from xomni_jax.params import Row
+
+Params = dict[str, Any]
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One model of a stage: its parameter table and abstract parameters."""
+
+  table: Sequence[Row]
+  tree: Any
+
+
+class Context(NamedTuple):
+  """What a loss gets besides parameters and rows.
+
+  Attributes:
+    key: of this step, the same on every device; draw per row with `row_keys`.
+    step: i32[], of the run.
+    totals: sums over the global batch of what `Stage.totals` returned.
+    train: False on held-out batches (no dropout).
+  """
+
+  key: jax.Array
+  step: jax.Array
+  totals: Mapping[str, jax.Array]
+  train: bool = True
+
+
+def row_keys(key: jax.Array, ids: jax.Array) -> jax.Array:
+  """A key for each row, by its record's id i32[B] and not by its place."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+
+
+class Picture(NamedTuple):
+  """An image of a preview and the lines under it."""
+
+  image: Image.Image
+  caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """The part of a stage that is compiled.
+
+  Attributes:
+    parts: every model whose parameters the loss reads, by name.
+    init: key -> random f32 parameters {part: tree}; jittable.
+    totals: batch -> {name: f32[]}, sums of the given rows.
+    loss: (params, batch, context) -> contribution f32[], {metric: array}.
+    batch: one global batch as shapes; the first axis is rows.
+    tokens: counted as work in tokens/s, of a global batch.
+    flops: of one step, forward and backward, counted analytically.
+    summarise: metrics summed over the batch -> scalars to report.
+    update: (params, extra, metrics, context) -> params, extra, after the
+      optimiser; for state that no gradient reaches.
+    extra: what `update` carries from step to step, at the start.
+  """
+
+  parts: Mapping[str, Part]
+  init: Callable[[jax.Array], Params]
+  totals: Callable[[Batch], Mapping[str, jax.Array]]
+  loss: Callable[[Params, Batch, Context], tuple[jax.Array, Metrics]]
+  batch: Mapping[str, jax.ShapeDtypeStruct]
+  tokens: int
+  flops: float
+  summarise: Callable[[Metrics], Metrics] = lambda metrics: metrics
+  update: Callable | None = None
+  extra: Callable[[], Any] = dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A program, and what it needs from and leaves in the world.
+
+  Attributes:
+    program: what is compiled.
+    batches: phase index -> its batches (`data.pipeline.Batches`).
+    held_out: the held-out batches; None: there are none.
+    load: mesh, dtype by part -> {part: params} of the parts that come from
+      files; the rest is drawn by `program.init`.
+    preview: params, step -> pictures; None: there are none.
+    export: params, folder -> None: writes the model for people to use.
+    prepare: {step: (params, extra, batches) -> params, extra}, done before
+      that step, such as a k-means start.
+  """
+
+  program: Program
+  batches: Callable[[int], Any]
+  held_out: Any = None
+  load: Callable[..., Params] = lambda mesh, dtypes: {}
+  preview: Callable[[Params, int], list[Picture]] | None = None
+  export: Callable[[Params, Any], None] | None = None
+  prepare: Mapping[int, Callable] = dataclasses.field(default_factory=dict)
