@@ -3,7 +3,9 @@
   xomni plan --config=configs/model.py:7b --target v5e:2x4
 
 compiles the full-size model for a TPU slice without having one (a minute or
-two on any CPU machine).
+two on any CPU machine). "tiny" has the sizes of the golden checkpoint in the
+tests, "world" is the smallest that learns to draw and read the signs of the
+drawn world on a CPU.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +13,7 @@ from ml_collections import ConfigDict
 
 def get_config(size: str = "7b") -> ConfigDict:
   """Sections as in `xomni_jax.config.Architecture`."""
-  sizes = {"7b": _full, "tiny": _tiny}
+  sizes = {"7b": _full, "tiny": _tiny, "world": _world}
   if size not in sizes:
     raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
   return ConfigDict(sizes[size]())
@@ -138,6 +140,63 @@ def _tiny():
     "d_model": 32,
     "d_kv": 8,
     "d_ff": 72,
+    "num_layers": 2,
+    "num_heads": 4,
+  }
+  return config
+
+
+def _world():
+  """For signs of 96 px: 6 x 6 image tokens of 16 px, 12 x 12 latents."""
+  config = _full()
+  config["ar"] |= {
+    "vocab_size": 512,  # 256 bytes, the merges of one small text, specials
+    "image_vocab_size": 512,
+    "mm_vocab_size": 576,  # codes and room for 64 special tokens
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 6,
+    "num_mm_adap_layers": 1,
+    "num_mm_head_layers": 1,
+    "max_position_embeddings": 4096,
+  }
+  config["siglip"] |= {
+    "width": 128,
+    "layers": 4,
+    "heads": 4,
+    "mlp": 512,
+    "grid": 16,  # 256 px
+  }
+  config["vq"] = {"codebook_size": 512, "codebook_dim": 32, "z_channels": 128}
+  config["flux"] |= {
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+    "axes_dims_rope": (8, 12, 12),
+    "siglip_channels": 128,
+  }
+  config["vae"] |= {
+    "block_out_channels": (16, 32, 48, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+  }
+  config["clip"] |= {
+    "vocab_size": 640,  # 256 bytes, each also as a word's end, and merges
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+  }
+  config["t5"] |= {
+    "vocab_size": 384,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
     "num_layers": 2,
     "num_heads": 4,
   }
