@@ -33,11 +33,18 @@ class Compute:
     scan_layers: `lax.scan` over stacked layers (fast to compile) or static
       slices (fast on CPU: training 1.7x, decoding 3x).
     query_chunk: longest query run whose attention scores exist at once.
+    remat: what of a block is made again in the backward pass instead of kept:
+      "none", "full" (all of it), "dots" (all but results of matmuls).
+    attention: of packed sequences and of FLUX in training: "chunked" runs
+      anywhere, "splash" is JAX's kernel for TPUs (here also with
+      "splash_interpret", which checks it on a CPU).
   """
 
   dtype: str = "float32"
   scan_layers: bool = False
   query_chunk: int = 1024
+  remat: str = "none"
+  attention: str = "chunked"
 
   def __post_init__(self):
     _validate(
@@ -45,6 +52,14 @@ class Compute:
       (
         self.dtype in ("float32", "bfloat16"),
         f"dtype is {self.dtype!r}, expected 'float32' or 'bfloat16'",
+      ),
+      (
+        self.remat in ("none", "full", "dots"),
+        f"remat is {self.remat!r}, expected 'none', 'full' or 'dots'",
+      ),
+      (
+        self.attention in ("chunked", "splash", "splash_interpret"),
+        f"attention is {self.attention!r}, expected 'chunked' or 'splash'",
       ),
       *_positive(self, "query_chunk"),
     )

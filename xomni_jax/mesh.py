@@ -4,7 +4,9 @@
 logical axes. An axis whose size its mesh axes do not divide is replicated.
 """
 
+import dataclasses
 import math
+import types
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -12,11 +14,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xomni_jax.errors import InputError
 
-AXES = ("data", "fsdp", "tensor", "context")
+# `slice` counts TPU slices, which only a data-centre network (DCN) joins.
+AXES = ("slice", "data", "fsdp", "tensor", "context")
+# The axes that a batch's rows are split over: every device along them has
+# other rows, and a training step sums gradients over them.
+BATCH_AXES = ("slice", "data", "fsdp")
 
 RULES: Mapping[str, tuple[str, ...]] = {
   # activations
-  "batch": ("data", "fsdp"),
+  "batch": BATCH_AXES,
   "length": ("context",),
   # parameters, and activations split by head
   "embed": ("fsdp",),
@@ -35,13 +41,16 @@ def make_mesh(
   tensor: int = 1,
   context: int = 1,
   devices: Sequence[jax.Device] | None = None,
+  *,
+  slice: int = 1,  # the axis's name, as all others
 ) -> Mesh:
-  """A mesh over the first `data * fsdp * tensor * context` devices.
+  """A mesh over the first `slice * data * fsdp * tensor * context` devices.
 
   Raises:
-    InputError: a size is below 1, or there are too few devices.
+    InputError: a size is below 1, there are too few devices, or `slice` is not
+      the number of TPU slices they lie on.
   """
-  sizes = (data, fsdp, tensor, context)
+  sizes = (slice, data, fsdp, tensor, context)
   devices = jax.devices() if devices is None else list(devices)
   count = math.prod(sizes)
   if min(sizes) < 1 or count > len(devices):
@@ -50,6 +59,9 @@ def make_mesh(
       f"mesh {given} needs {count} devices, got {len(devices)}; "
       "lower a size (each at least 1)"
     )
+  slices = {getattr(d, "slice_index", 0) for d in devices[:count]}
+  if len(slices) > 1:
+    return _over_slices(sizes, devices[:count], len(slices))
   try:
     return jax.make_mesh(
       sizes,
@@ -62,6 +74,21 @@ def make_mesh(
       f"mesh of {count} of {len(devices)} devices is no block of the slice; "
       f"use all {len(devices)}"
     ) from None
+
+
+def _over_slices(sizes, devices, count):
+  """A mesh whose first axis goes from slice to slice."""
+  from jax.experimental import mesh_utils
+
+  if sizes[0] != count:
+    raise InputError(
+      f"mesh axis slice={sizes[0]}, but the devices lie on {count} slices; "
+      f"give slice={count}"
+    )
+  array = mesh_utils.create_hybrid_device_mesh(
+    (1, *sizes[1:]), (count, 1, 1, 1, 1), devices
+  )
+  return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parse_sizes(text: str) -> dict[str, int]:
@@ -90,10 +117,12 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh):
   """
   parts = []
   for name, size in zip(axes, shape, strict=True):
-    chosen, ways = [], 1
+    chosen, count = [], 1
     for axis in RULES.get(name, ()):
-      ways *= mesh.shape.get(axis, 1)
-      if size % ways:
+      if axis not in mesh.shape:
+        continue
+      count *= mesh.shape[axis]
+      if size % count:
         break
       chosen.append(axis)
     parts.append(tuple(chosen) or None)
@@ -113,7 +142,104 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+  # Inside `shard_map` an array holds this device's part of its manual axes:
+  # only the others are left to lay out.
+  auto = {a: n for a, n in mesh.shape.items() if a not in mesh.manual_axes}
+  if not auto:
+    return x
+  sizes = types.SimpleNamespace(shape=auto)
+  return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes))
+
+
+def ways(name: str) -> int:
+  """Over how many devices a logical axis is split on the mesh in force.
+
+  Manual axes (inside `shard_map`) do not count.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return 1
+  return math.prod(
+    mesh.shape[a]
+    for a in RULES.get(name, ())
+    if a in mesh.shape and a not in mesh.manual_axes
+  )
+
+
+def fits(name: str, size: int) -> bool:
+  """Whether an axis of this size is split over all of its devices."""
+  return size % ways(name) == 0
+
+
+def run_split(function, args, axes, out_axes, kernel=None):
+  """`function(*args)` on each device's part of the arguments.
+
+  For kernels that XLA can't split by itself. Inside another `shard_map` the
+  axes that are manual there stay so.
+
+  Args:
+    function: of the parts.
+    args: arrays; the first may be a kernel that splits itself.
+    axes: logical axes of each argument.
+    out_axes: of the result, whose axes are named in an argument too.
+    kernel: sharding -> spec of the first argument, named by its last two axes.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  auto = () if mesh.empty else set(mesh.axis_names) - set(mesh.manual_axes)
+  if math.prod(mesh.shape[a] for a in auto) == 1:
+    return function(*args)
+  sizes = types.SimpleNamespace(shape={a: mesh.shape[a] for a in auto})
+  length = {}
+  for names, x in zip(axes, args, strict=True):
+    if hasattr(x, "shape"):
+      length |= dict(zip(names, x.shape, strict=True))
+  specs = [
+    spec(names, [length.get(n, 1) for n in names], sizes) for names in axes
+  ]
+  if kernel is not None:
+    pair = PartitionSpec(*specs[0][1:])
+    specs[0] = kernel(NamedSharding(mesh, pair))
+  out = spec(out_axes, [length.get(n, 1) for n in out_axes], sizes)
+  return jax.shard_map(
+    function,
+    in_specs=tuple(specs),
+    out_specs=out,
+    axis_names=set(auto),
+    check_vma=False,
+  )(*args)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Shard:
+  """A device's part of a parameter that is whole along one axis only together.
+
+  Attributes:
+    part: the part.
+    axis: which axis of `part`, counted from the end so that it holds for a
+      layer of a stack too.
+    over: the mesh axis it is split over.
+  """
+
+  part: jax.Array
+  axis: int = dataclasses.field(metadata={"static": True})
+  over: str = dataclasses.field(metadata={"static": True})
+
+
+def gather(tree):
+  """A tree with every Shard in it gathered (inside `shard_map`).
+
+  The transpose is a reduce-scatter: a gradient never exists whole on a device
+  for longer than its layer.
+  """
+
+  def whole(x):
+    if not isinstance(x, Shard):
+      return x
+    axis = x.part.ndim + x.axis
+    return jax.lax.all_gather(x.part, x.over, axis=axis, tiled=True)
+
+  return jax.tree.map(whole, tree, is_leaf=lambda x: isinstance(x, Shard))
 
 
 def describe(mesh: Mesh) -> str:

@@ -124,26 +124,27 @@ class Phase:
     train: regular expressions; a parameter trains if one matches the start of
       its path, such as "ar/vision_in/".
     freeze: expressions that take parameters out again.
-    lr: peak learning rate.
-    warmup_steps: linear from 0 to `lr`, counted from the phase's start.
-    decay: after that "constant", or "cosine" or "linear" down to `end_lr`.
+    lr_scale: the phase's peak learning rate, as a multiple of `optim.lr`.
+    warmup_steps: linear from 0 to the peak, counted from the phase's start.
+    decay: after that "constant", or "cosine" or "linear" down to `end_scale`
+      times the peak.
     data: the mixture of this phase; None: the run's.
   """
 
   name: str
   steps: int
   train: tuple[str, ...]
-  lr: float
+  lr_scale: float = 1.0
   warmup_steps: int = 0
   decay: str = "constant"
-  end_lr: float = 0.0
+  end_scale: float = 0.0
   freeze: tuple[str, ...] = ()
   data: DataConfig | None = None
 
   def __post_init__(self):
     _validate(
       self,
-      *_positive(self, "steps", "lr"),
+      *_positive(self, "steps", "lr_scale"),
       (
         0 <= self.warmup_steps <= self.steps,
         f"warmup_steps is {self.warmup_steps}, expected 0 to {self.steps}",
@@ -153,8 +154,8 @@ class Phase:
         f"decay is {self.decay!r}, expected one of {', '.join(DECAYS)}",
       ),
       (
-        0 <= self.end_lr <= self.lr,
-        f"end_lr is {self.end_lr}, expected 0 to lr {self.lr}",
+        0 <= self.end_scale <= 1,
+        f"end_scale is {self.end_scale}, expected 0 to 1",
       ),
       (len(self.train) > 0, "train is empty, name parameters by path"),
       *_patterns(self, "train", "freeze"),
@@ -166,6 +167,7 @@ class OptimConfig:
   """AdamW.
 
   Attributes:
+    lr: peak learning rate, of a phase whose `lr_scale` is 1.
     b1, b2, eps, weight_decay: AdamW's.
     no_decay: expressions of parameter paths without weight decay.
     clip_norm: global norm of the gradient; 0: not clipped.
@@ -173,6 +175,7 @@ class OptimConfig:
     ema: decay of the averaged copy of the parameters; 0: none.
   """
 
+  lr: float
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
@@ -185,7 +188,7 @@ class OptimConfig:
   def __post_init__(self):
     _validate(
       self,
-      *_positive(self, "eps", "accumulate"),
+      *_positive(self, "lr", "eps", "accumulate"),
       (
         0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 <= self.ema < 1,
         f"b1 {self.b1}, b2 {self.b2}, ema {self.ema}: expected 0 to below 1",

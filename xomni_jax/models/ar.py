@@ -22,8 +22,10 @@ from xomni_jax.models.layers import (
   rotate_halves,
   run_stack,
   stack_init,
+  stacked,
   write_cache,
 )
+from xomni_jax.models.splash import splash
 from xomni_jax.params import Row, dense, prefixed
 
 _INIT = nn.initializers.normal(0.02)  # Qwen2's initializer_range
@@ -47,6 +49,7 @@ class Block(nn.Module):
     slot: int | jax.Array = 0,
     cache: KVCache | None = None,
     layer: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
   ):
     """The block's output.
 
@@ -58,6 +61,7 @@ class Block(nn.Module):
       slot: key slot of the first position.
       cache, layer: keys and values of earlier positions (see `write_cache`);
         None: the sequence itself is all there is.
+      segments_BT: i32, of packed samples; none attends to another.
     Returns:
       x_BTD and the updated cache, or, without one, the new KVCache if
       `keep_kv` is set, else None.
@@ -83,15 +87,29 @@ class Block(nn.Module):
       out = KVCache(k, v) if self.keep_kv else None
     else:
       out, k, v = write_cache(cache, layer, slot, k, v)
-    a_BTNH = attention(
-      q_BTNH,
-      k,
-      v,
-      scale=cfg.head_dim**-0.5,
-      chunk=self.compute.query_chunk,
-      valid_BS=valid_BS,
-      causal_from=slot,
-    )
+    kernel = self.compute.attention
+    if segments_BT is not None and kernel != "chunked":
+      a_BTNH = splash(
+        q_BTNH,
+        k,
+        v,
+        segments_BT,
+        causal=True,
+        interpret=kernel == "splash_interpret",
+      )
+    else:
+      # Over `context` queries stay split, keys and values are whole.
+      k, v = (constrain(x, "batch", "kv_heads", None, None) for x in (k, v))
+      a_BTNH = attention(
+        q_BTNH,
+        k,
+        v,
+        scale=cfg.head_dim**-0.5,
+        chunk=self.compute.query_chunk,
+        valid_BS=valid_BS,
+        causal_from=slot,
+        segments=None if segments_BT is None else (segments_BT, segments_BT),
+      )
     y_BTD = x_BTD + nn.DenseGeneral(
       cfg.hidden_size,
       axis=(-2, -1),
@@ -129,6 +147,7 @@ class XOmniAR(nn.Module):
     valid_BS: jax.Array,
     slot: int | jax.Array = 0,
     cache: dict[str, Any] | None = None,
+    segments_BT: jax.Array | None = None,
   ):
     """Final-norm output at every position.
 
@@ -138,6 +157,7 @@ class XOmniAR(nn.Module):
       valid_BS: bool; False keys (padding) are never attended to.
       slot: key slot of the first token (with a cache).
       cache: {stack name: keys and values}, from `init_cache`.
+      segments_BT: i32, of packed samples; none attends to another.
     Returns:
       hidden [B, T, D], and the updated cache; without a cache, the new keys
       and values in `cache`'s form if `keep_kv` is set.
@@ -162,20 +182,22 @@ class XOmniAR(nn.Module):
 
     out = {}
     args = (rope, image_BT, valid_BS, slot)
+    packed = {} if segments_BT is None else {"segments_BT": segments_BT}
     for name, length in stacks(cfg).items():
       if not length:
         continue
       block = Block(cfg, self.compute, name != "lm", self.keep_kv, parent=None)
       # Shapes alone count here, and `valid_BS` is as long as the cache.
       init = stack_init(block, length, x_BTD, rope, image_BT, image_BT)
-      params = self.param(name, init)
       x_BTD, out[name] = run_stack(
         block,
-        params,
+        stacked(self, name, init),
         x_BTD,
         *args,
         cache=None if cache is None else cache[name],
         scan=self.compute.scan_layers,
+        remat=self.compute.remat,
+        **packed,
       )
     norm = lambda name: nn.RMSNorm(
       epsilon=cfg.rms_norm_eps, dtype=dtype, name=name

@@ -22,6 +22,7 @@ from xomni_jax.models.layers import (
   rotate_pairs,
   run_stack,
   stack_init,
+  stacked,
 )
 from xomni_jax.params import Row, dense, prefixed
 
@@ -205,11 +206,11 @@ class Flux(nn.Module):
     )
     block = DoubleBlock(cfg, self.compute, parent=None)
     args = (temb_BD, rope)
-    params = self.param(
-      "double", stack_init(block, cfg.num_layers, streams, *args)
+    params = stacked(
+      self, "double", stack_init(block, cfg.num_layers, streams, *args)
     )
-    scan = self.compute.scan_layers
-    (txt, img), _ = run_stack(block, params, streams, *args, scan=scan)
+    how = dict(scan=self.compute.scan_layers, remat=self.compute.remat)
+    (txt, img), _ = run_stack(block, params, streams, *args, **how)
 
     add = nn.Dense(
       cfg.width,
@@ -223,10 +224,10 @@ class Flux(nn.Module):
       img += add(features_BLZ)
     x_BSD = jnp.concatenate([txt, img], axis=1)
     block = SingleBlock(cfg, self.compute, parent=None)
-    params = self.param(
-      "single", stack_init(block, cfg.num_single_layers, x_BSD, *args)
+    params = stacked(
+      self, "single", stack_init(block, cfg.num_single_layers, x_BSD, *args)
     )
-    x_BSD, _ = run_stack(block, params, x_BSD, *args, scan=scan)
+    x_BSD, _ = run_stack(block, params, x_BSD, *args, **how)
 
     # The final modulation is (scale, shift), all others are (shift, scale).
     scale, shift = _modulation(temb_BD, 2, dtype, "norm_out")

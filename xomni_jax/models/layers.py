@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from xomni_jax.mesh import constrain
+from xomni_jax import mesh
+from xomni_jax.mesh import constrain, ways
 
 # Finite, so that a fully masked row (padding) gives numbers and not NaN.
 NEG_INF = jnp.finfo(jnp.float32).min
@@ -28,6 +29,7 @@ def attention(
   valid_BS: jax.Array | None = None,
   causal_from: int | jax.Array | None = None,
   bias_NTS: jax.Array | None = None,
+  segments: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
   """softmax(q k^T * scale + masks) v, the softmax in float32.
 
@@ -40,6 +42,8 @@ def attention(
     causal_from: key slot of the first query; a query attends to its own slot
       and earlier ones. None: to all.
     bias_NTS: added to the scores; only with T <= chunk.
+    segments: i32[B, T] of the queries and i32[B, S] of the keys; attention
+      stays within a segment.
   Returns:
     [B, T, N, H].
   """
@@ -47,8 +51,8 @@ def attention(
   K, S = k_BKSH.shape[1:3]
   slots_S = jnp.arange(S)
 
-  def attend(q, first):
-    """Attention of one run of queries that starts at query `first`."""
+  def attend(q, slots_t, segments_Bt):
+    """Attention of the queries of some slots."""
     t = q.shape[1]
     q = q.reshape(B, t, K, N // K, H)
     scores = jnp.einsum(
@@ -61,21 +65,43 @@ def attention(
     if valid_BS is not None:
       keep &= valid_BS[:, None, :]
     if causal_from is not None:
-      keep &= slots_S <= (causal_from + first + jnp.arange(t))[:, None]
+      keep &= slots_S <= (causal_from + slots_t)[:, None]
+    if segments is not None:
+      keep &= segments_Bt[:, :, None] == segments[1][:, None, :]
     scores = jnp.where(keep[:, None, None], scores, NEG_INF)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
     out = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH)
     return out.reshape(B, t, N, H)
 
-  if chunk >= T:
-    return attend(q_BTNH, 0)
-  if bias_NTS is not None:
+  of_queries = None if segments is None else segments[0]
+  parts = ways("length")  # queries may be split over devices, keys are not
+  if bias_NTS is not None and chunk < T:
     raise ValueError(f"a bias needs T <= chunk, got T={T}, chunk={chunk}")
-  runs = -(-T // chunk)
-  q = jnp.pad(q_BTNH, ((0, 0), (0, runs * chunk - T), (0, 0), (0, 0)))
-  q = jnp.moveaxis(q.reshape(B, runs, chunk, N, H), 1, 0)
-  out = jax.lax.map(lambda x: attend(*x), (q, jnp.arange(runs) * chunk))
-  return jnp.moveaxis(out, 0, 1).reshape(B, runs * chunk, N, H)[:, :T]
+  if chunk * parts >= T or T % parts:
+    return attend(q_BTNH, jnp.arange(T), of_queries)
+  # Runs of `chunk` queries, of all parts at once: each device works on its own.
+  runs = -(-T // parts // chunk)
+  pad = runs * chunk - T // parts
+
+  def by_run(x, axis):
+    """[..., T, ...] -> [runs, ..., parts * chunk, ...]."""
+    shape = x.shape
+    x = x.reshape(*shape[:axis], parts, T // parts, *shape[axis + 1 :])
+    x = jnp.pad(x, [(0, pad if i == axis + 1 else 0) for i in range(x.ndim)])
+    x = x.reshape(*shape[:axis], parts, runs, chunk, *shape[axis + 1 :])
+    x = jnp.moveaxis(x, axis + 1, 0)
+    return x.reshape(runs, *shape[:axis], parts * chunk, *shape[axis + 1 :])
+
+  inputs = (
+    by_run(q_BTNH, 1),
+    by_run(jnp.arange(T), 0),
+    None if of_queries is None else by_run(of_queries, 1),
+  )
+  # Scores are made again in the backward pass instead of being kept.
+  out = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), inputs)
+  out = out.reshape(runs, B, parts, chunk, N, H)
+  out = jnp.moveaxis(out, 0, 2).reshape(B, parts, runs * chunk, N, H)
+  return out[:, :, : T // parts].reshape(B, T, N, H)
 
 
 def rope_angles(
@@ -114,6 +140,17 @@ def stack_init(block: nn.Module, length: int, *args: Any) -> Callable:
   return init
 
 
+def stacked(module: nn.Module, name: str, init: Callable) -> Any:
+  """The parameters of a stack of blocks, declared by `module`.
+
+  `Module.param` would compare each shape with what `init` makes, and trace all
+  of it for that; a training step's arrays are parts of whole ones.
+  """
+  if module.is_initializing():
+    return module.param(name, init)
+  return module.get_variable("params", name)
+
+
 def run_stack(
   block: nn.Module,
   params: Any,
@@ -121,6 +158,8 @@ def run_stack(
   *args: Any,
   cache: Any = None,
   scan: bool,
+  remat: str = "none",
+  **named: Any,
 ) -> tuple[Any, Any]:
   """`x` through stacked blocks.
 
@@ -134,29 +173,43 @@ def run_stack(
       layer. It travels in the scan's carry: as scan inputs and outputs it
       would exist twice.
     scan: `lax.scan`, or a Python loop over static slices.
+    remat: what is not kept for the backward pass; see `Compute.remat`.
+    **named: what every block gets alike, by name.
   Returns:
     x, and the new cache or the blocks' second results (stacked if `scan`, else
     a tuple).
   """
   length = jax.tree.leaves(params)[0].shape[0]
+
+  def apply(layer, x, *own):
+    # Gathered inside what is rematerialised, so that no more than one layer's
+    # weights are whole at a time, in the backward pass too.
+    return block.apply({"params": mesh.gather(layer)}, x, *args, *own, **named)
+
+  if remat != "none":
+    apply = jax.checkpoint(apply, policy=_POLICIES[remat], prevent_cse=not scan)
   if not scan:
     outs = []
     for i in range(length):
       layer = jax.tree.map(lambda leaf, i=i: leaf[i], params)
       own = () if cache is None else (cache[i], None)
-      x, out = block.apply({"params": layer}, x, *args, *own)
+      x, out = apply(layer, x, *own)
       outs.append(out)
     return x, tuple(outs)
   if cache is None:
-    return jax.lax.scan(
-      lambda x, layer: block.apply({"params": layer}, x, *args), x, params
-    )
+    return jax.lax.scan(lambda x, layer: apply(layer, x), x, params)
 
   def body(carry, inputs):
     layer, i = inputs
-    return block.apply({"params": layer}, carry[0], *args, carry[1], i), None
+    return apply(layer, carry[0], carry[1], i), None
 
   return jax.lax.scan(body, (x, cache), (params, jnp.arange(length)))[0]
+
+
+_POLICIES = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class KVCache(NamedTuple):

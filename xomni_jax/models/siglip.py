@@ -18,6 +18,7 @@ from xomni_jax.models.layers import (
   constrain_heads,
   run_stack,
   stack_init,
+  stacked,
 )
 from xomni_jax.params import Row, dense, norm, prefixed
 
@@ -94,8 +95,14 @@ class Siglip(nn.Module):
     x_BhwD += resize_table(table, h, w).astype(dtype)
     x_BLD = constrain(x_BhwD.reshape(B, h * w, D), "batch", "length", None)
     block = Block(cfg, self.compute, parent=None)
-    params = self.param("blocks", stack_init(block, cfg.layers, x_BLD))
-    x_BLD, _ = run_stack(block, params, x_BLD, scan=self.compute.scan_layers)
+    params = stacked(self, "blocks", stack_init(block, cfg.layers, x_BLD))
+    x_BLD, _ = run_stack(
+      block,
+      params,
+      x_BLD,
+      scan=self.compute.scan_layers,
+      remat=self.compute.remat,
+    )
     return x_BLD.reshape(B, h, w, D)
 
 

@@ -18,6 +18,7 @@ from xomni_jax.models.layers import (
   constrain_heads,
   run_stack,
   stack_init,
+  stacked,
 )
 from xomni_jax.params import Row, dense, norm, prefixed
 
@@ -106,10 +107,16 @@ class CLIPText(nn.Module):
     x_BTD = constrain(x_BTD, "batch", "length", None)
 
     block = CLIPBlock(cfg, self.compute, parent=None)
-    params = self.param(
-      "blocks", stack_init(block, cfg.num_hidden_layers, x_BTD)
+    params = stacked(
+      self, "blocks", stack_init(block, cfg.num_hidden_layers, x_BTD)
     )
-    x_BTD, _ = run_stack(block, params, x_BTD, scan=self.compute.scan_layers)
+    x_BTD, _ = run_stack(
+      block,
+      params,
+      x_BTD,
+      scan=self.compute.scan_layers,
+      remat=self.compute.remat,
+    )
     x_BTD = _layer_norm(cfg, dtype, "final_layer_norm")(x_BTD)
 
     # Configs as old as FLUX's say 2 whatever the end token is; it has the
@@ -194,11 +201,16 @@ class T5Encoder(nn.Module):
     bias_NTS = jnp.moveaxis(bias_RN[buckets_TS].astype(jnp.float32), -1, 0)
 
     block = T5Block(cfg, self.compute, parent=None)
-    params = self.param(
-      "blocks", stack_init(block, cfg.num_layers, x_BTD, bias_NTS)
+    params = stacked(
+      self, "blocks", stack_init(block, cfg.num_layers, x_BTD, bias_NTS)
     )
     x_BTD, _ = run_stack(
-      block, params, x_BTD, bias_NTS, scan=self.compute.scan_layers
+      block,
+      params,
+      x_BTD,
+      bias_NTS,
+      scan=self.compute.scan_layers,
+      remat=self.compute.remat,
     )
     return _rms_norm(cfg, dtype, "final_layer_norm")(x_BTD)
 
