@@ -1,0 +1,1 @@
+"""Sizes and hashes of the files of a checkpoint."""
