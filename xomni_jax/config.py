@@ -137,6 +137,54 @@ class ARConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LMConfig:
+  """A plain Qwen2 causal language model; names as in `ARConfig`.
+
+  `tie_word_embeddings`: the text embedding is the head, too.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  num_key_value_heads: int
+  rope_theta: float
+  rms_norm_eps: float
+  max_position_embeddings: int
+  tie_word_embeddings: bool
+
+  @property
+  def head_dim(self) -> int:
+    return self.hidden_size // self.num_attention_heads
+
+  def __post_init__(self):
+    heads, kv = self.num_attention_heads, self.num_key_value_heads
+    _validate(
+      self,
+      *_positive(
+        self,
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+      ),
+      (
+        heads > 0 and self.hidden_size % (2 * heads) == 0,
+        f"hidden_size {self.hidden_size} is not an even multiple of the "
+        f"{heads} attention heads",
+      ),
+      (
+        kv > 0 and heads % kv == 0,
+        f"{heads} attention heads are not a multiple of {kv} key/value heads",
+      ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class TransformConfig:
   """Image preprocessing of the tokenizer; sizes in px."""
 
