@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import importlib.resources
 import itertools
-import os
+import pathlib
 import zlib
 from typing import Any, NamedTuple
 
@@ -265,9 +265,8 @@ def _font():
       "the drawn world needs the fonts in matplotlib's wheel; install it: "
       "pip install matplotlib"
     ) from None
-  path = os.path.join(
-    matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono-Bold.ttf"
-  )
+  fonts = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf")
+  path = fonts / "DejaVuSansMono-Bold.ttf"
   # Capitals of 15 px in a cell of 16, letters 12 px wide.
   return ImageFont.truetype(path, 20, layout_engine=ImageFont.Layout.BASIC)
 
