@@ -1,4 +1,4 @@
-"""The one exception that stands for bad input."""
+"""What ends a command with one line instead of a traceback."""
 
 
 class InputError(ValueError):
@@ -6,4 +6,11 @@ class InputError(ValueError):
 
   The message is one line that says what, got, expected and what to do. The
   command line prints it without a traceback and exits with status 2.
+  """
+
+
+class RunError(Exception):
+  """A run that can't go on, for a reason that lies in its course.
+
+  The message is one line; what was saved before stays.
   """

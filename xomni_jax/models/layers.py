@@ -79,29 +79,43 @@ def attention(
     raise ValueError(f"a bias needs T <= chunk, got T={T}, chunk={chunk}")
   if chunk * parts >= T or T % parts:
     return attend(q_BTNH, jnp.arange(T), of_queries)
-  # Runs of `chunk` queries, of all parts at once: each device works on its own.
-  runs = -(-T // parts // chunk)
-  pad = runs * chunk - T // parts
-
-  def by_run(x, axis):
-    """[..., T, ...] -> [runs, ..., parts * chunk, ...]."""
-    shape = x.shape
-    x = x.reshape(*shape[:axis], parts, T // parts, *shape[axis + 1 :])
-    x = jnp.pad(x, [(0, pad if i == axis + 1 else 0) for i in range(x.ndim)])
-    x = x.reshape(*shape[:axis], parts, runs, chunk, *shape[axis + 1 :])
-    x = jnp.moveaxis(x, axis + 1, 0)
-    return x.reshape(runs, *shape[:axis], parts * chunk, *shape[axis + 1 :])
-
   inputs = (
-    by_run(q_BTNH, 1),
-    by_run(jnp.arange(T), 0),
-    None if of_queries is None else by_run(of_queries, 1),
+    split_runs(q_BTNH, 1, chunk),
+    split_runs(jnp.arange(T), 0, chunk),
+    None if of_queries is None else split_runs(of_queries, 1, chunk),
   )
   # Scores are made again in the backward pass instead of being kept.
   out = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), inputs)
-  out = out.reshape(runs, B, parts, chunk, N, H)
-  out = jnp.moveaxis(out, 0, 2).reshape(B, parts, runs * chunk, N, H)
-  return out[:, :, : T // parts].reshape(B, T, N, H)
+  return join_runs(out, 1, T)
+
+
+def split_runs(x: jax.Array, axis: int, chunk: int) -> jax.Array:
+  """[..., T, ...] -> [runs, ..., parts * chunk, ...], padded with 0.
+
+  Where the length is split over devices, a run has `chunk` positions of each
+  device's part, so that all of them work on every run.
+  """
+  parts = ways("length")
+  before, T, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+  runs = -(-T // parts // chunk)
+  x = x.reshape(*before, parts, T // parts, *after)
+  pad = [(0, 0)] * x.ndim
+  pad[axis + 1] = (0, runs * chunk - T // parts)
+  x = jnp.pad(x, pad).reshape(*before, parts, runs, chunk, *after)
+  x = jnp.moveaxis(x, axis + 1, 0)
+  return x.reshape(runs, *before, parts * chunk, *after)
+
+
+def join_runs(x: jax.Array, axis: int, length: int) -> jax.Array:
+  """The reverse of `split_runs`; `axis` as there, `length` is T."""
+  parts = ways("length")
+  runs, before, after = x.shape[0], x.shape[1 : axis + 1], x.shape[axis + 2 :]
+  chunk = x.shape[axis + 1] // parts
+  x = x.reshape(runs, *before, parts, chunk, *after)
+  x = jnp.moveaxis(x, 0, axis + 1)
+  x = x.reshape(*before, parts, runs * chunk, *after)
+  x = jax.lax.slice_in_dim(x, 0, length // parts, axis=axis + 1)
+  return x.reshape(*before, length, *after)
 
 
 def rope_angles(

@@ -1,0 +1,196 @@
+"""A run's settings: a Python file's ConfigDict, overrides, frozen configs."""
+
+import ast
+import dataclasses
+import importlib.util
+import pathlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from xomni_jax import config as config_lib
+from xomni_jax import train_config
+from xomni_jax.config import Architecture
+from xomni_jax.config_files import architecture
+from xomni_jax.errors import InputError
+from xomni_jax.train_config import TrainConfig
+
+# Sections that are no field of TrainConfig.
+_BESIDES = ("architecture", "lm", "transform", "decoder")
+
+
+def read(spec: str) -> ConfigDict:
+  """The ConfigDict of "FILE[:SIZE]".
+
+  Raises:
+    InputError: no such file, no such size, or the file fails.
+  """
+  name, _, size = spec.partition(":")
+  path = pathlib.Path(name)
+  if not path.is_file() or path.suffix != ".py":
+    raise InputError(
+      f"config {name}: no such Python file; expected FILE.py[:SIZE], such as "
+      "configs/pretrain.py:tiny of the repository"
+    )
+  found = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(found)
+  try:
+    found.loader.exec_module(module)
+    config = module.get_config(*filter(None, [size]))
+  except Exception as e:  # whatever a file of a user's may raise
+    raise InputError(f"config {name}: {type(e).__name__}: {e}") from e
+  if not isinstance(config, ConfigDict):
+    raise InputError(
+      f"config {name}: get_config gave a {type(config).__name__}, expected an "
+      "ml_collections.ConfigDict"
+    )
+  return config
+
+
+def override(config: ConfigDict, settings: Sequence[str]) -> None:
+  """Changes a config in place by "a.b=value" strings.
+
+  A value is read as Python where it can be, else as text. Only what is there
+  can be changed; below `init` and `data` lie paths.
+
+  Raises:
+    InputError: lists every setting that is unknown or of another type.
+  """
+  problems = []
+  for setting in settings:
+    path, equals, text = setting.partition("=")
+    *parents, last = path.split(".")
+    node = config
+    for name in parents:
+      node = node.get(name, None) if isinstance(node, ConfigDict) else None
+    if not equals or not isinstance(node, ConfigDict) or last not in node:
+      problems.append(f"{setting!r} names no setting")
+      continue
+    try:
+      value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      value = text
+    old = node[last]
+    if isinstance(old, str) and not isinstance(value, str):
+      value = text
+    if isinstance(old, float) and type(value) is int:
+      value = float(value)
+    if isinstance(old, tuple) and isinstance(value, list):
+      value = tuple(value)
+    if old is not None and type(value) is not type(old):
+      problems.append(
+        f"{path} is {value!r}, expected a {type(old).__name__} such as {old!r}"
+      )
+      continue
+    node[last] = value
+  if problems:
+    raise InputError(
+      f"config: {'; '.join(problems)}; sections are {', '.join(config)}"
+    )
+
+
+def parse(config: ConfigDict, where: str) -> tuple[TrainConfig, Architecture]:
+  """The frozen configs of a run.
+
+  Raises:
+    InputError: lists what is missing, unknown, of the wrong type or value.
+  """
+  values = config.to_dict()
+  arch = values.get("architecture")
+  if arch is None:
+    raise InputError(f"{where}: has no section 'architecture'")
+  known = {f.name for f in dataclasses.fields(TrainConfig)} | set(_BESIDES)
+  unknown = sorted(values.keys() - known)
+  if unknown:
+    raise InputError(f"{where}: unknown sections {', '.join(unknown)}")
+  stage = values.get("stage")
+  if stage not in train_config.OPTIONS:
+    raise InputError(
+      f"{where}: stage is {stage!r}, expected one of "
+      f"{', '.join(train_config.OPTIONS)}"
+    )
+  own = {k: v for k, v in values.items() if k not in _BESIDES}
+  # By name, since a ConfigDict is sorted: "1_vision", "2_all", ...
+  own["phases"] = [
+    {"name": name, **phase}
+    for name, phase in sorted(dict(own.get("phases") or {}).items())
+  ]
+  own["mesh"] = tuple(sorted(dict(own.get("mesh") or {}).items()))
+  options = build(
+    train_config.OPTIONS[stage], own.pop("options", None), f"{where}: options"
+  )
+  parsed = build(TrainConfig, {**own, "options": options}, where)
+  return parsed, architecture(config.architecture, f"{where}: architecture")
+
+
+def section(config: ConfigDict, name: str, cls: str, where: str):
+  """A section that only some stages have, as a dataclass of config.py."""
+  if name not in config:
+    raise InputError(
+      f"{where}: has no section {name!r}, which this stage needs"
+    )
+  return build(
+    getattr(config_lib, cls), config[name].to_dict(), f"{where}: {name}"
+  )
+
+
+def build(cls: Any, value: Any, where: str) -> Any:
+  """`value` as `cls`: a dataclass, a tuple of something, or plain.
+
+  Raises:
+    InputError: a setting is missing, unknown or of the wrong type.
+  """
+  if isinstance(cls, type) and isinstance(value, cls):
+    return value
+  if isinstance(cls, types.UnionType) or typing.get_origin(cls) is typing.Union:
+    kinds = [k for k in typing.get_args(cls) if k is not type(None)]
+    return None if value is None else build(kinds[0], value, where)
+  if dataclasses.is_dataclass(cls):
+    return _dataclass(cls, value, where)
+  if typing.get_origin(cls) is tuple:
+    if not isinstance(value, list | tuple):
+      raise InputError(f"{where} is {value!r}, expected a list")
+    kinds = typing.get_args(cls)
+    if kinds[-1] is Ellipsis:
+      kinds = (kinds[0],) * len(value)
+    if len(kinds) != len(value):
+      raise InputError(f"{where} has {len(value)} items, expected {len(kinds)}")
+    return tuple(
+      build(kind, v, f"{where}[{i}]")
+      for i, (kind, v) in enumerate(zip(kinds, value, strict=True))
+    )
+  if cls is object:
+    return value
+  if cls is float and type(value) is int:
+    return float(value)
+  if type(value) is not cls:
+    raise InputError(f"{where} is {value!r}, expected a {cls.__name__}")
+  return value
+
+
+def _dataclass(cls, value, where):
+  if not isinstance(value, Mapping):
+    raise InputError(f"{where} is {value!r}, expected settings by name")
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  kinds = typing.get_type_hints(cls)
+  needed = {
+    n for n, f in fields.items() if f.default is dataclasses.MISSING
+    and f.default_factory is dataclasses.MISSING
+  }  # fmt: skip
+  problems = [f"{n} is missing" for n in sorted(needed - value.keys())]
+  problems += [f"{n} is unknown" for n in sorted(value.keys() - fields.keys())]
+  made = {}
+  for name in fields.keys() & value.keys():
+    try:
+      made[name] = build(kinds[name], value[name], f"{where}.{name}")
+    except InputError as e:
+      problems.append(str(e).removeprefix(f"{where}."))
+  if problems:
+    raise InputError(f"{where}: {'; '.join(problems)}")
+  try:
+    return cls(**made)
+  except InputError as e:
+    raise InputError(f"{where}: {e}") from None

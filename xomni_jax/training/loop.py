@@ -1,0 +1,407 @@
+"""The training loop, the only one: all stages run through it.
+
+Everything a step needs is a function of the config and the step's number: its
+batch, its randomness, its phase. So the state of a run is the arrays of
+`step.State` and nothing else, and a killed run goes on as if it had not been.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xomni_jax import mesh as mesh_lib
+from xomni_jax.checkpoints import runs as runs_lib
+from xomni_jax.data.pipeline import BadRecords
+from xomni_jax.errors import InputError, RunError
+from xomni_jax.train_config import TrainConfig
+from xomni_jax.training import log as log_lib
+from xomni_jax.training import peaks, pictures
+from xomni_jax.training import step as step_lib
+from xomni_jax.training.layout import Layout, flatten, make_layout, nest
+from xomni_jax.training.preemption import EXIT_PREEMPTED, Preemption
+from xomni_jax.training.stage import Stage
+
+# Keys of a run: parameters, steps, held-out batches. A step's key is folded
+# from the second with its number.
+_INIT, _STEPS, _HELD_OUT = range(3)
+
+
+def train(
+  cfg: TrainConfig,
+  stage: Stage,
+  workdir: str | pathlib.Path,
+  *,
+  settings: Mapping[str, Any],
+  resume: bool = True,
+  allow_config_change: bool = False,
+) -> int:
+  """Runs a stage to its end, or until it is told to stop.
+
+  Args:
+    cfg: of the run.
+    stage: what differs.
+    workdir: of the run: checkpoints, metrics, pictures, the exported model.
+    settings: the config as a nested mapping, kept beside the checkpoints.
+    resume: go on from the newest good checkpoint; False: there must be none.
+    allow_config_change: go on though `settings` have changed.
+  Returns:
+    exit status: 0 when the run is done, 143 when it was stopped and saved.
+  Raises:
+    InputError: config, data or checkpoints do not fit.
+    RunError: the loss is no longer finite.
+  """
+  workdir = pathlib.Path(workdir)
+  mesh = mesh_lib.make_mesh(**dict(cfg.mesh))
+  step_lib.check_batch(cfg, mesh)
+  layout = make_layout(stage.program.parts, cfg.phases, mesh, cfg.frozen_dtype)
+  folder = workdir / "checkpoints"
+  runs = runs_lib.Runs(folder, cfg.checkpoint)
+  if runs.steps() and not resume:
+    raise InputError(
+      f"{folder}: holds checkpoints of steps {runs.steps()}; resume them, or "
+      "name another --workdir"
+    )
+  runs_lib.check_config(folder, settings, allow_config_change)
+  log = log_lib.Log(workdir, jax.process_index() == 0)
+  try:
+    with jax.set_mesh(mesh), Preemption() as preemption:
+      run = _Run(cfg, stage, layout, runs, log, workdir, settings)
+      return run.go(preemption)
+  finally:
+    log.close()
+
+
+class _Run:
+  """One process's view of a run; its arrays are in `state` and `frozen`."""
+
+  def __init__(self, cfg, stage, layout, runs, log, workdir, settings):
+    self.cfg, self.stage, self.layout = cfg, stage, layout
+    self.runs, self.log, self.workdir = runs, log, workdir
+    key = jax.random.key(cfg.seed)
+    self.init_key = jax.random.fold_in(key, _INIT)
+    self.step_key = jax.random.fold_in(key, _STEPS)
+    self.held_out_key = jax.random.fold_in(key, _HELD_OUT)
+    self.state, self.frozen = begin(
+      cfg, stage, layout, self.init_key, runs.restore
+    )
+    self.step = int(self.state["step"])
+    log.cut(self.step)
+    log.line(
+      log_lib.start_report(
+        settings,
+        layout.mesh,
+        nest({**self.state["params"], **self.frozen}),
+        set(layout.trained).__contains__,
+        {k: v for k, v in self.state.items() if k not in ("params", "step")},
+        workdir,
+      )
+    )
+    if self.step:
+      log.line(f"resumed at step {self.step} of {cfg.steps}")
+    self.bad = BadRecords(cfg.data.max_bad_rate, log.line)
+    self.pending: dict[str, Any] | None = None
+    self.meter = _Meter(cfg, stage, layout)
+    self.evaluate = step_lib.eval_step(cfg, stage.program, layout)
+
+  def go(self, preemption: Preemption) -> int:
+    """Trains what is left; returns the exit status."""
+    while self.step < self.cfg.steps:
+      phase, first = self.cfg.phase_at(self.step)
+      if self._phase(phase, first, preemption):
+        self.log.line(
+          f"stopped at step {self.step} of {self.cfg.steps}, saved; start "
+          f"again to go on (exit status {EXIT_PREEMPTED})"
+        )
+        self.runs.close()
+        return EXIT_PREEMPTED
+    self.runs.close()
+    self._export()
+    self.log.line(f"done: {self.cfg.steps} steps")
+    return 0
+
+  def _phase(self, phase: int, first: int, preemption: Preemption) -> bool:
+    """Trains a phase to its end; True: stopped and saved before."""
+    cfg, end = self.cfg, first + self.cfg.phases[phase].steps
+    train_step = step_lib.train_step(
+      cfg, self.stage.program, self.layout, phase
+    )
+    batches = self.stage.batches(phase)
+    rows_of = batches.iterate(self.step - first)
+    try:
+      while self.step < end:
+        self._prepare(batches)
+        self._profile()
+        with self.meter.waiting():
+          rows = next(rows_of)
+        self.bad.add(rows.bad, rows.good)
+        batch = step_lib.place_batch(rows.arrays, self.layout.mesh)
+        self.state, metrics = train_step(
+          self.state, self.frozen, batch, self.step_key
+        )
+        # The step before is read only now, while the device is busy.
+        self._read()
+        self.step += 1
+        self.pending = metrics
+        stop = preemption.should_stop(self.step)
+        self._report()
+        if stop or self.step % cfg.checkpoint.every == 0 or (
+          self.step == cfg.steps
+        ):  # fmt: skip
+          self._read()
+          self.runs.save(self.step, self.state)
+        if stop and self.step < cfg.steps:
+          return True
+    finally:
+      rows_of.close()
+    return False
+
+  def _read(self) -> None:
+    """Looks at the last step's metrics, if nobody has; raises RunError."""
+    if self.pending is None:
+      return
+    metrics, self.pending = jax.device_get(self.pending), None
+    wrong = [
+      name
+      for name in ("loss", "grad_norm")
+      if not np.isfinite(metrics[name]).all()
+    ]
+    every = self.cfg.report.log_every
+    if wrong or self.step % every == 0 or self.step == self.cfg.steps:
+      name = self.cfg.phases[self.cfg.phase_at(self.step - 1)[0]].name
+      self._log(metrics, name)
+    if wrong:
+      kept = self.runs.steps()
+      raise RunError(
+        f"step {self.step}: {' and '.join(wrong)} not finite "
+        f"({', '.join(str(metrics[n]) for n in wrong)}); stopped, the newest "
+        f"checkpoint is of step {kept[-1] if kept else 'none'}; lower the "
+        "learning rate or look at the data of this step"
+      )
+
+  def _log(self, metrics, phase):
+    values = {
+      f"{self.cfg.stage}/{n}" if "/" not in n else n: float(v)
+      for n, v in metrics.items()
+    }
+    speed = self.meter.read(self.step)
+    self.log.scalars(self.step, {**values, **speed.scalars})
+    shown = {n: v for n, v in values.items() if not n.endswith("/lr")}
+    self.log.line(
+      log_lib.progress_line(
+        self.step,
+        self.cfg.steps,
+        phase,
+        shown,
+        seconds=speed.seconds,
+        wait=speed.wait,
+        tokens=self.stage.program.tokens,
+        flops=self.stage.program.flops,
+        devices=self.layout.mesh.size,
+        peak=self.meter.peak,
+      )
+    )
+
+  def _report(self) -> None:
+    """Held-out loss and pictures, where they are due."""
+    due = lambda every: (
+      every and (self.step % every == 0 or self.step == self.cfg.steps)
+    )
+    report = self.cfg.report
+    if due(report.eval_every) and self.stage.held_out is not None:
+      self._read()
+      with self.meter.paused():
+        values = self.held_out()
+      self.log.scalars(self.step, values)
+      self.log.line(
+        "  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+      )
+    if due(report.preview_every) and self.stage.preview is not None:
+      self._read()
+      with self.meter.paused():
+        made = self.stage.preview(self._params(), self.step)
+        if made and jax.process_index() == 0:
+          image = pictures.grid(made)
+          pictures.save(self.workdir, self.step, "samples", image)
+          self.log.image(self.step, "samples", image)
+
+  def held_out(self) -> dict[str, float]:
+    """Metrics of the held-out batches, each weighted alike."""
+    total: dict[str, float] = {}
+    count = self.cfg.report.eval_batches
+    for i in range(count):
+      rows = self.stage.held_out[i]
+      metrics = self.evaluate(
+        self.state["params"],
+        self.frozen,
+        step_lib.place_batch(rows.arrays, self.layout.mesh),
+        self.held_out_key,
+      )
+      for name, value in jax.device_get(metrics).items():
+        name = f"held_out/{name.removeprefix(self.cfg.stage + '/')}"
+        total[name] = total.get(name, 0.0) + float(value) / count
+    return total
+
+  def _prepare(self, batches) -> None:
+    """What a stage does once before some steps, such as a k-means start."""
+    prepare = self.stage.prepare.get(self.step)
+    if prepare is None:
+      return
+    self._read()
+    with self.meter.paused():
+      tree, extra = prepare(self._params(), self.state["extra"], batches)
+    flat = flatten(tree)
+    self.state["params"] = {
+      path: jax.device_put(flat[path], self.layout.sharding(path))
+      for path in self.state["params"]
+    }
+    self.state["extra"] = extra
+
+  def _params(self):
+    return nest({**self.state["params"], **self.frozen})
+
+  def _profile(self) -> None:
+    first, last = self.cfg.report.profile
+    if first != last and jax.process_index() == 0:
+      if self.step == first:
+        jax.profiler.start_trace(str(self.workdir / "profile"))
+      if self.step == last:
+        self._read()
+        jax.profiler.stop_trace()
+        self.log.line(
+          f"profile of steps {first}..{last}: {self.workdir}/profile"
+        )
+
+  def _export(self) -> None:
+    """The model as files for people, from the average where there is one."""
+    if self.stage.export is None or not self.cfg.checkpoint.export:
+      return
+    params = {**self.state["params"], **self.state["ema"]}
+    where = self.workdir / "model"
+    self.stage.export(nest({**params, **self.frozen}), where)
+    self.log.line(f"model written to {where}")
+
+
+def begin(cfg: TrainConfig, stage: Stage, layout: Layout, key, restore):
+  """(state, frozen): from a checkpoint, from files, or from nothing.
+
+  Args:
+    restore: abstract state -> (step, state), or None if there is none.
+  """
+  program = stage.program
+  shapes = {
+    path: jax.ShapeDtypeStruct(layout.shapes[path], jnp.float32)
+    for path in layout.trained
+  }
+  start = lambda params: step_lib.init_state(cfg, program, layout, params)
+  abstract = jax.eval_shape(start, shapes)
+  shardings = step_lib.state_shardings(abstract, layout)
+  restored = restore(
+    jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      abstract,
+      shardings,
+    )
+  )
+  needed = layout.frozen if restored else [*layout.frozen, *layout.trained]
+  params = first_params(stage, layout, key, needed)
+  frozen = {path: params[path] for path in layout.frozen}
+  if restored:
+    return restored[1], frozen
+  # Copied: files may have been placed without a copy, and steps are donated.
+  state = jax.jit(start, out_shardings=shardings)(
+    {path: params[path] for path in layout.trained}
+  )
+  return state, frozen
+
+
+def first_params(stage: Stage, layout: Layout, key, paths):
+  """Flat parameters before step 0: loaded where there are files, else drawn."""
+  trained = set(layout.trained)
+  parts = {path.split("/")[0] for path in paths}
+  kinds = {
+    part: "float32"
+    if any(path.startswith(f"{part}/") for path in trained)
+    else layout.frozen_dtype
+    for part in parts
+  }
+  found = flatten(stage.load(layout.mesh, kinds))
+  missing = [path for path in paths if path not in found]
+  drawn = {}
+  if missing:
+    draw = jax.jit(
+      lambda key: {
+        path: x
+        for path, x in flatten(stage.program.init(key)).items()
+        if path in missing
+      },
+      out_shardings={path: layout.sharding(path) for path in missing},
+    )
+    drawn = draw(key)
+  return {
+    path: (drawn[path] if path in drawn else found[path]).astype(
+      layout.dtype(path)
+    )
+    for path in paths
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Speed:
+  seconds: float
+  wait: float
+  scalars: dict[str, float]
+
+
+class _Meter:
+  """How long steps take; pauses (evaluation, pictures) do not count."""
+
+  def __init__(self, cfg, stage, layout):
+    self._tokens = stage.program.tokens
+    device = layout.mesh.devices.flat[0]
+    self.peak = cfg.report.peak_flops or peaks.flops(device.device_kind) or 0.0
+    self._start, self._step, self._wait = time.perf_counter(), None, 0.0
+
+  def waiting(self):
+    return _Clock(lambda seconds: self._add(wait=seconds))
+
+  def paused(self):
+    return _Clock(lambda seconds: self._add(pause=seconds))
+
+  def _add(self, wait=0.0, pause=0.0):
+    self._wait += wait
+    self._start += pause
+
+  def read(self, step: int) -> _Speed:
+    """Since the last reading."""
+    now = time.perf_counter()
+    spent = max(now - self._start, 1e-9)
+    steps = max(step - self._step, 1) if self._step is not None else 1
+    wait = min(self._wait / spent, 1.0)
+    self._start, self._step, self._wait = now, step, 0.0
+    seconds = spent / steps
+    return _Speed(
+      seconds,
+      wait,
+      {
+        "time/step_seconds": seconds,
+        "time/data_wait": wait,
+        "time/tokens_per_second": self._tokens / seconds,
+      },
+    )
+
+
+class _Clock:
+  def __init__(self, done):
+    self._done = done
+
+  def __enter__(self):
+    self._start = time.perf_counter()
+
+  def __exit__(self, *exception):
+    self._done(time.perf_counter() - self._start)

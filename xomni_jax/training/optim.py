@@ -1,0 +1,95 @@
+"""AdamW over phases.
+
+Parameters that train in the same phases share an optimiser state with a count
+of its own. A group's state stands still in phases that freeze it: moments are
+carried over a phase boundary where a parameter goes on training, and start
+from zero, bias correction included, where it is unfrozen.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from xomni_jax.train_config import OptimConfig, Phase
+from xomni_jax.training.layout import Layout
+
+Flat = Mapping[str, jax.Array]
+
+
+def schedule(phase: Phase, lr: float):
+  """Learning rate by the number of steps since the phase began.
+
+  It rises to `lr * lr_scale` at the end of the warm-up, then stays or falls.
+  """
+  peak = lr * phase.lr_scale
+  left = max(phase.steps - phase.warmup_steps, 1)
+  falling = {
+    "constant": optax.constant_schedule(peak),
+    "cosine": optax.cosine_decay_schedule(peak, left, phase.end_scale),
+    "linear": optax.linear_schedule(peak, peak * phase.end_scale, left),
+  }[phase.decay]
+  warmup = phase.warmup_steps
+
+  def at(local):
+    # Step 0 is not lost to a rate of 0.
+    rising = peak * (local + 1) / max(warmup, 1)
+    return jnp.where(local < warmup, rising, falling(local - warmup))
+
+  return at
+
+
+def _adam(cfg: OptimConfig):
+  decays = lambda path: not any(re.match(p, path) for p in cfg.no_decay)
+  return optax.chain(
+    optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=jnp.float32),
+    optax.add_decayed_weights(
+      cfg.weight_decay, lambda params: {path: decays(path) for path in params}
+    ),
+  )
+
+
+def init(cfg: OptimConfig, layout: Layout, params: Flat) -> dict[str, Any]:
+  """{group: optimiser state}."""
+  return {
+    label: _adam(cfg).init({path: params[path] for path in paths})
+    for label, paths in layout.groups().items()
+  }
+
+
+def update(
+  cfg: OptimConfig,
+  layout: Layout,
+  phase: int,
+  grads: Flat,
+  state: Mapping[str, Any],
+  params: Flat,
+  lr: jax.Array,
+) -> tuple[dict[str, jax.Array], dict[str, Any], jax.Array]:
+  """One step of a phase.
+
+  Args:
+    phase: index; static.
+    grads: f32, of the paths that train in it.
+    state, params: of all trained paths.
+    lr: f32[].
+  Returns:
+    parameters, state, and the gradient's global norm before clipping.
+  """
+  norm = optax.global_norm(grads)
+  if cfg.clip_norm:
+    scale = jnp.minimum(1.0, cfg.clip_norm / jnp.maximum(norm, 1e-12))
+    grads = {path: g * scale for path, g in grads.items()}
+  params, state = dict(params), dict(state)
+  for label, paths in layout.groups().items():
+    if paths[0] not in layout.active[phase]:
+      continue
+    own = {path: params[path] for path in paths}
+    step, state[label] = _adam(cfg).update(
+      {path: grads[path] for path in paths}, state[label], own
+    )
+    params |= {path: own[path] - lr * step[path] for path in paths}
+  return params, state, norm

@@ -1,0 +1,234 @@
+"""The compiled step: gradients on each device's rows, then the optimiser.
+
+The loss runs inside `shard_map`, manual over the batch axes of the mesh and
+left to XLA over `tensor` and `context`. There each device's gradient concerns
+its own rows only, and a parameter that lies split over `fsdp` is gathered
+layer by layer, whose transpose is a reduce-scatter. Left to XLA, whole weight
+gradients were all-reduced wherever a shard is no multiple of a tile.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from xomni_jax import mesh as mesh_lib
+from xomni_jax.errors import InputError
+from xomni_jax.mesh import BATCH_AXES, Shard
+from xomni_jax.train_config import TrainConfig
+from xomni_jax.training import optim
+from xomni_jax.training.layout import Layout, flatten, nest
+from xomni_jax.training.stage import Context, Program
+
+State = dict[str, Any]  # step, params, optim, ema, extra
+
+
+def init_state(cfg: TrainConfig, program: Program, layout: Layout, params):
+  """The state before step 0, from flat f32 parameters of the trained paths."""
+  return {
+    "step": jnp.zeros((), jnp.int32),
+    "params": params,
+    "optim": optim.init(cfg.optim, layout, params),
+    "ema": {k: v.copy() for k, v in params.items()} if cfg.optim.ema else {},
+    "extra": program.extra(),
+  }
+
+
+def state_shardings(abstract: State, layout: Layout) -> Any:
+  """The NamedSharding of every array of a state.
+
+  Moments and averages lie as their parameters do, the rest on every device.
+  """
+
+  def place(path, leaf):
+    # The last dict key on the way is a parameter's path if there is any.
+    names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+    name = names[-1] if names else ""
+    if name in layout.rows and leaf.shape == layout.shapes[name]:
+      return layout.sharding(name)
+    return NamedSharding(layout.mesh, PartitionSpec())
+
+  return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def batch_sharding(mesh) -> NamedSharding:
+  """Of every array of a batch: its rows over the batch axes."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch(cfg: TrainConfig, mesh) -> None:
+  """Raises InputError where rows can't be dealt out evenly."""
+  ways = 1
+  for axis in BATCH_AXES:
+    ways *= mesh.shape[axis]
+  need = ways * cfg.optim.accumulate
+  if cfg.global_batch % need:
+    raise InputError(
+      f"global_batch {cfg.global_batch} is not a multiple of {ways} batch "
+      f"devices x {cfg.optim.accumulate} microbatches; try "
+      f"{max(cfg.global_batch // need, 1) * need}"
+    )
+
+
+def train_step(
+  cfg: TrainConfig, program: Program, layout: Layout, phase: int
+) -> Callable:
+  """The jitted step of a phase.
+
+  Returns:
+    (state, frozen, batch, key) -> state, metrics. The state is donated;
+    `frozen` are flat parameters, `batch` a global batch, `key` the run's.
+  """
+  active = sorted(layout.active[phase])
+  first = sum(p.steps for p in cfg.phases[:phase])
+  rate = optim.schedule(cfg.phases[phase], cfg.optim.lr)
+
+  def step(state, frozen, batch, key):
+    trained = {path: state["params"][path] for path in active}
+    rest = {
+      path: x for path, x in state["params"].items() if path not in trained
+    }
+    loss, metrics, grads = _on_rows(cfg, program, layout, grads=True)(
+      trained, {**rest, **frozen}, batch, key, state["step"]
+    )
+    lr = rate(state["step"] - first)
+    params, moments, norm = optim.update(
+      cfg.optim, layout, phase, grads, state["optim"], state["params"], lr
+    )
+    extra = state["extra"]
+    if program.update:
+      # Parameters that no gradient reaches, such as codes come back to life.
+      tree = {**frozen, **params}
+      context = Context(
+        jax.random.fold_in(jax.random.fold_in(key, state["step"]), 1),
+        state["step"],
+        {},
+      )
+      tree, extra = program.update(nest(tree), extra, metrics, context)
+      tree = flatten(tree)
+      params = {path: tree[path] for path in params}
+    ema, decay = state["ema"], cfg.optim.ema
+    if decay:
+      ema = {k: decay * v + (1 - decay) * params[k] for k, v in ema.items()}
+    report = {
+      **program.summarise(metrics),
+      "loss": loss,
+      "grad_norm": norm,
+      "lr": lr,
+    }
+    state = {
+      "step": state["step"] + 1,
+      "params": params,
+      "optim": moments,
+      "ema": ema,
+      "extra": extra,
+    }
+    return state, report
+
+  # Laid out as they came, or the next step would be another program.
+  return jax.jit(step, donate_argnums=0)
+
+
+def eval_step(cfg: TrainConfig, program: Program, layout: Layout) -> Callable:
+  """(params, frozen, batch, key) -> metrics of held-out rows, jitted."""
+
+  @jax.jit
+  def step(params, frozen, batch, key):
+    run = _on_rows(cfg, program, layout, grads=False)
+    loss, metrics, _ = run(
+      {}, {**params, **frozen}, batch, key, jnp.full((), cfg.steps, jnp.int32)
+    )
+    return {**program.summarise(metrics), "loss": loss}
+
+  return step
+
+
+def _on_rows(cfg, program, layout: Layout, *, grads: bool):
+  """(trained, rest, batch, key, step) -> loss, metrics, gradients or {}.
+
+  Everything is summed over microbatches and devices; each gradient lies as its
+  parameter does.
+  """
+  pieces = cfg.optim.accumulate if grads else 1
+  half = jnp.dtype(cfg.compute.dtype)
+
+  def prepare(flat):
+    """The loss's view: small parameters whole, stacks still to gather."""
+    out = {}
+    for path, x in flat.items():
+      where = layout.split(path)
+      if where:
+        # Half the bytes to send; a matmul would round them so anyway.
+        x = Shard(x.astype(half) if x.dtype == jnp.float32 else x, *where)
+        x = x if layout.rows[path].stacked else mesh_lib.gather(x)
+      out[path] = x
+    return nest(out)
+
+  def body(trained, rest, batch, key, step):
+    key = jax.random.fold_in(key, step) if grads else key
+    totals = jax.lax.psum(program.totals(batch), BATCH_AXES)
+    context = Context(key, step, totals, train=grads)
+
+    def loss(trained, rows):
+      tree = prepare({**rest, **trained})
+      return program.loss(tree, rows, context)
+
+    def piece(rows):
+      if not grads:
+        return *loss({}, rows), {}
+      value, gradient = jax.value_and_grad(loss, has_aux=True)(trained, rows)
+      return *value, gradient
+
+    if pieces == 1:
+      out = piece(batch)
+    else:
+      rows = jax.tree.map(
+        lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch
+      )
+      zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(piece, jax.tree.map(lambda x: x[0], rows)),
+      )
+      out, _ = jax.lax.scan(
+        lambda total, rows: (jax.tree.map(jnp.add, total, piece(rows)), None),
+        zero,
+        rows,
+      )
+    value, metrics, gradient = out
+    value, metrics = jax.lax.psum((value, metrics), BATCH_AXES)
+    gradient = {path: _sum(path, g) for path, g in gradient.items()}
+    return value, metrics, gradient
+
+  def _sum(path, gradient):
+    where = layout.split(path)
+    done = where[1] if where else None  # summed by the reduce-scatter
+    return jax.lax.psum(gradient, [a for a in BATCH_AXES if a != done])
+
+  def run(trained, rest, batch, key, step):
+    whole = PartitionSpec()
+    own = lambda flat: {path: layout.local(path) for path in flat}
+    return jax.shard_map(
+      body,
+      mesh=layout.mesh,
+      in_specs=(
+        own(trained),
+        own(rest),
+        {name: PartitionSpec(BATCH_AXES) for name in batch},
+        whole,
+        whole,
+      ),
+      out_specs=(whole, whole, own(trained)),
+      axis_names=set(BATCH_AXES),
+      check_vma=False,
+    )(trained, rest, batch, key, step)
+
+  return run
+
+
+def place_batch(rows: Mapping[str, Any], mesh) -> dict[str, jax.Array]:
+  """This process's rows as its part of a global batch."""
+  make = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+  return {name: make(x) for name, x in rows.items()}
