@@ -19,6 +19,7 @@ from xomni_jax.errors import InputError
 
 TextIds = Callable[[Sequence[str]], np.ndarray]
 
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 _ADVICE = "the intact files of a FLUX.1-dev folder; fetch them again"
 
 
@@ -38,16 +39,9 @@ def load_clip_tokenizer(folder: str | os.PathLike, length: int = 77) -> TextIds:
   # for the slow one, which makes every Chinese character a word (ending in
   # </w>); version 5 kept only the fast one, to which a run of them is one
   # word. Hence BPE's files are read here, and what surrounds it spelled out.
-  from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    models,
-    pre_tokenizers,
-    processors,
-  )
+  from tokenizers import AddedToken, Tokenizer, models, processors
 
-  start, end = "<|startoftext|>", "<|endoftext|>"
+  start, end = CLIP_START, CLIP_END
   name = f"CLIP tokenizer in {folder}"
   if not has_files(folder, "vocab.json", "merges.txt") and not has_files(
     folder, "tokenizer.json"
@@ -67,20 +61,27 @@ def load_clip_tokenizer(folder: str | os.PathLike, length: int = 77) -> TextIds:
   tokenizer.add_special_tokens(
     [AddedToken(t, normalized=True) for t, _ in ends]
   )
+  tokenizer.pre_tokenizer = clip_splitter()
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single=[start, "$A", end], special_tokens=ends
+  )
+  return _fixed_length(tokenizer, length, vocab[end], end, clip_words)
+
+
+def clip_splitter():
+  """CLIP's pre-tokeniser: words, single digits and runs of punctuation."""
+  from tokenizers import Regex, pre_tokenizers
+
   words = (
-    rf"{re.escape(start)}|{re.escape(end)}|'s|'t|'re|'ve|'m|'ll|'d"
+    rf"{re.escape(CLIP_START)}|{re.escape(CLIP_END)}|'s|'t|'re|'ve|'m|'ll|'d"
     r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
   )
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+  return pre_tokenizers.Sequence(
     [
       pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
   )
-  tokenizer.post_processor = processors.TemplateProcessing(
-    single=[start, "$A", end], special_tokens=ends
-  )
-  return _fixed_length(tokenizer, length, vocab[end], end, _clip_words)
 
 
 def _read_bpe(folder):
@@ -97,7 +98,7 @@ def _read_bpe(folder):
   return vocab, [tuple(pair) for pair in pairs]
 
 
-def _clip_words(text):
+def clip_words(text):
   """Cleaned, NFC, lower-case words; every CJK ideograph is a word of its own.
 
   Source: BasicTokenizer of transformers 4 (strip_accents=False,

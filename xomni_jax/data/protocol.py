@@ -36,11 +36,12 @@ def image_string(codes) -> str:
     InputError: codes are no grid of non-negative integers.
   """
   codes = codes_grid(codes)
-  tokens = "".join(_mm_token(code) for code in codes.ravel().tolist())
+  tokens = "".join(mm_token(code) for code in codes.ravel().tolist())
   return image_prefix(*codes.shape) + tokens + EOM
 
 
-def _mm_token(code):
+def mm_token(code: int) -> str:
+  """The token of an image code."""
   return f"<MM-Token-{code}>"
 
 
@@ -236,10 +237,10 @@ def _id_problems(find, ids, vocab_size, image_vocab_size):
       problems.append(f"{token} has id {i}, expected below {vocab_size}")
     if i is not None and token != PAD and i < first_special:
       problems.append(f"{token} has id {i}, expected at least {first_special}")
-  found = [find(_mm_token(i)) for i in range(image_vocab_size)]
+  found = [find(mm_token(i)) for i in range(image_vocab_size)]
   wrong = [i for i, j in enumerate(found) if j != vocab_size + i]
   problems += [
-    f"{_mm_token(i)} has id {found[i]}, expected {vocab_size + i}"
+    f"{mm_token(i)} has id {found[i]}, expected {vocab_size + i}"
     for i in sorted({*wrong[:1], *wrong[-1:]})
   ]
   if len(wrong) > 2:
