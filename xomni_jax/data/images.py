@@ -1,5 +1,6 @@
 """Images on their way into the tokenizer, and codes as a picture."""
 
+import io
 import os
 import warnings
 
@@ -13,14 +14,22 @@ from xomni_jax.errors import InputError
 # Where Pillow itself begins to warn of a decompression bomb: 256 MiB as RGB.
 MAX_PIXELS = 89_478_485
 
+# What `preprocess` makes of each of the 256 levels of a pixel, bit by bit: u8
+# pixels become its f32 ones by `LEVELS[pixels]`, on the device as well, where
+# another order of operations would round otherwise.
+LEVELS = (
+  np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)
+) / np.float32(0.5)
+LEVELS.flags.writeable = False
+
 
 def open_image(
-  source: str | os.PathLike | Image.Image | np.ndarray,
+  source: str | os.PathLike | bytes | Image.Image | np.ndarray,
 ) -> Image.Image:
   """A fully decoded RGB picture.
 
   Args:
-    source: path, PIL image, or u8[H, W, 3].
+    source: path, bytes of a file, PIL image, or u8[H, W, 3].
   Returns:
     PIL image of mode RGB.
   Raises:
@@ -28,8 +37,10 @@ def open_image(
   """
   if isinstance(source, Image.Image):
     return _rgb(source, "image")
+  if isinstance(source, bytes):
+    return _rgb_file(io.BytesIO(source), "image")
   if isinstance(source, (str, os.PathLike)):
-    return _rgb_file(source)
+    return _rgb_file(source, f"image {os.fspath(source)}")
   array = np.asarray(source)
   if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
     raise InputError(
@@ -41,8 +52,7 @@ def open_image(
   return Image.fromarray(array)
 
 
-def _rgb_file(path):
-  name = f"image {os.fspath(path)}"
+def _rgb_file(path, name):
   try:
     with warnings.catch_warnings():
       # Of its doubts about size and metadata: _rgb checks both in its own way.
@@ -143,13 +153,19 @@ def preprocess(source, transform: TransformConfig) -> np.ndarray:
   Raises:
     InputError: an unreadable image, or one that the tokenizer does not take.
   """
+  return LEVELS[pixels_u8(source, transform)]
+
+
+def pixels_u8(source, transform: TransformConfig) -> np.ndarray:
+  """`preprocess` before its last step, u8[H, W, 3]: a quarter of the bytes.
+
+  `LEVELS[pixels_u8(...)]` is `preprocess(...)`. Raises as that does.
+  """
   image = open_image(source)
   size = target_size(*image.size, transform)
   # Pillow's bicubic is the reference: a = -0.5, antialiased, two passes each
   # rounded to 8 bit. A resize in floats differs.
-  image = image.resize(size, Image.Resampling.BICUBIC)
-  pixels = np.asarray(image, np.float32) / np.float32(255)
-  return (pixels - np.float32(0.5)) / np.float32(0.5)
+  return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
 
 
 def codes_picture(codes, codebook_size: int, scale: int = 8) -> Image.Image:

@@ -2,10 +2,9 @@
 
 A source has
   len(source)             number of records
-  source[i]               record i, read anew
+  source[i]               record i, read anew; raises InputError
   source.name(i)          where it lies, for messages
   source.size(i)          (width, height) of its image in px, without decoding
-  source.lengths(task)    i32[len] tokens of each as a task, or None: unknown
 
 and a record is a dict of
   key: str                its name, for messages
@@ -19,43 +18,91 @@ and a record is a dict of
 of which any may be missing but `key`; `need` asks for one.
 """
 
-from collections.abc import Iterable
-from typing import Any
+import pathlib
+import re
 
-from PIL import Image
+import numpy as np
 
+from xomni_jax.data import shards, tables
+from xomni_jax.data.fields import Record, image_of, need, size_of
+from xomni_jax.data.shards import write_records
+from xomni_jax.errors import InputError
 from xomni_jax.train_config import SourceConfig
 
-Record = dict[str, Any]
+__all__ = [
+  "Record",
+  "image_of",
+  "known_lengths",
+  "need",
+  "open_source",
+  "size_of",
+  "write_records",
+]
+
+_WORLD = "world:"
+_EXPECTED = (
+  f"a file, folder or glob of *{shards.SUFFIX}, *.parquet, *.jsonl or images, "
+  "or world:LEVEL[:SPLIT]"
+)
 
 
 def open_source(cfg: SourceConfig):
   """The source that a path names, all of it (`first`, `count` not applied).
 
+  A folder is searched, with all in it, for shards, else for Parquet, else for
+  JSONL, else for images.
+
   Raises:
     InputError: there is no such thing, or it can't be read.
   """
-  raise NotImplementedError
+  if cfg.path.startswith(_WORLD):
+    from xomni_jax.data import world
+
+    level, _, split = cfg.path.removeprefix(_WORLD).partition(":")
+    return world.open_world(level, split or "train")
+  folder, paths = _files(cfg.path)
+  kinds = (
+    # Also `x.array_record-00000-of-00010`, but not the table beside it.
+    (rf".*\{shards.SUFFIX}(-[0-9]+-of-[0-9]+)?", shards.Shards),
+    (r".*\.parquet", tables.Parquet),
+    (r".*\.jsonl", tables.JsonLines),
+    (tables.IMAGE_NAMES, lambda p: tables.ImageFolder(folder, p)),
+  )
+  for pattern, kind in kinds:
+    chosen = [p for p in paths if re.fullmatch(pattern, p.name.lower())]
+    if chosen:
+      source = kind(chosen)
+      if not len(source):
+        raise InputError(f"{cfg.path} holds no record, expected some")
+      return source
+  raise InputError(f"{cfg.path} holds nothing to read, expected {_EXPECTED}")
 
 
-def need(record: Record, field: str):
-  """A field of a record; raises InputError where it has none."""
-  raise NotImplementedError
+def _files(name):
+  """(folder, its files that a path, folder or glob names, sorted)."""
+  path = pathlib.Path(name).expanduser()
+  if path.is_file():
+    return path.parent, [path]
+  if path.is_dir():
+    folder, found = path, path.rglob("*")
+  else:
+    # The glob begins with the first part that has one of its characters.
+    parts = path.parts
+    fixed = [not set(part) & set("*?[") for part in parts]
+    if all(fixed):
+      raise InputError(f"{name} does not exist, expected {_EXPECTED}")
+    n = fixed.index(False)
+    folder = pathlib.Path(*parts[:n])
+    found = folder.glob("/".join(parts[n:]))
+  hidden = lambda p: any(
+    part.startswith(".") for part in p.relative_to(folder).parts
+  )
+  return folder, sorted(p for p in found if p.is_file() and not hidden(p))
 
 
-def image_of(record: Record) -> Image.Image:
-  """The record's picture, decoded, RGB; raises InputError."""
-  raise NotImplementedError
+def known_lengths(source, task: str) -> np.ndarray | None:
+  """i32[len], tokens of each record as a task (0: it can't be that).
 
-
-def write_records(path, records: Iterable[Record], lengths=()) -> None:
-  """Writes one ArrayRecord shard, whole or not at all.
-
-  Args:
-    path: `*.array_record`; `<path>.lengths.npz` is written beside it.
-    records: dicts; images are stored as they are, PIL images as PNG.
-    lengths: {task: tokens} of each record; (): not known.
-  Raises:
-    InputError: it can't be written.
+  None where they were not stored: then records have to be read for them.
   """
-  raise NotImplementedError
+  return source.lengths(task) if isinstance(source, shards.Shards) else None

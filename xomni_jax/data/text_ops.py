@@ -8,12 +8,14 @@ TensorFlow takes some 20 s to import, so it is imported where it is first used.
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from xomni_jax.data import encoder_ids
+from xomni_jax.data.boundary import encodable, unreadable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +34,60 @@ class T5Ids:
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     """i32[B, length], padded with 0; raises InputError for a broken folder."""
-    raise NotImplementedError
+    return _loaded(str(self.folder), self.length, self.backend)(texts)
+
+
+@functools.cache
+def _loaded(folder, length, backend) -> Callable[[Sequence[str]], np.ndarray]:
+  if backend == "tokenizers":
+    return encoder_ids.load_t5_tokenizer(folder, length)
+  return _load_tensorflow_text(folder, length)
+
+
+def _tensorflow_text():
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  import tensorflow as tf
+  import tensorflow_text
+
+  # Text is work for the host: the accelerator's memory belongs to JAX.
+  tf.config.set_visible_devices([], "GPU")
+  return tf, tensorflow_text
+
+
+def _load_tensorflow_text(folder, length):
+  path = Path(folder, "spiece.model")
+  advice = "the intact spiece.model of a FLUX.1-dev folder; fetch it again"
+  try:
+    model = path.read_bytes()
+  except OSError as e:
+    raise unreadable(f"T5 tokenizer {path}", e, advice) from None
+  tf, text = _tensorflow_text()
+  try:
+    tokenizer = text.SentencepieceTokenizer(model, add_eos=False)
+    tokenizer.vocab_size()
+  except Exception as e:  # TensorFlow's own classes
+    raise unreadable(f"T5 tokenizer {path}", e, advice) from None
+
+  def text_ids(texts):
+    out = np.zeros((len(texts), length), np.int32)
+    if not len(texts):
+      return out
+    ragged = tokenizer.tokenize(tf.constant([encodable(t) for t in texts]))
+    for row, ids in zip(out, ragged.to_list(), strict=True):
+      ids = [*ids[: length - 1], 1]
+      row[: len(ids)] = ids
+    return out
+
+  return text_ids
 
 
 def nfc(texts: Sequence[str], backend: str = "tokenizers") -> list[str]:
   """The texts in Unicode's composed form (NFC)."""
-  raise NotImplementedError
+  texts = [encodable(text) for text in texts]
+  if backend == "tokenizers":
+    return [unicodedata.normalize("NFC", text) for text in texts]
+  if not texts:
+    return []
+  tf, text = _tensorflow_text()
+  done = text.normalize_utf8(tf.constant(texts), "NFC")
+  return [t.decode() for t in done.numpy().tolist()]
