@@ -5,35 +5,27 @@ on any number of processes. A record that can't be used leaves a masked row, or
 a gap in a packed one: it never shifts the rows behind it.
 """
 
+import collections
+import contextlib
 import dataclasses
+import os
+import signal
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from xomni_jax.data import protocol
+from xomni_jax.data import plan, protocol, sequences
+from xomni_jax.data.feed import Arrays, Feed, Rows, own_rows
+from xomni_jax.data.image_rows import BucketWindow, ImageRows
+from xomni_jax.data.packed_rows import PackedRows, PackWindow
+from xomni_jax.errors import InputError
 from xomni_jax.train_config import DataConfig
 
-Arrays = dict[str, np.ndarray]
+__all__ = ["BadRecords", "Batches", "Rows", "images", "packed"]
 
-
-class Rows(NamedTuple):
-  """This process's contiguous rows of a global batch.
-
-  Attributes:
-    arrays: all with the rows as first axis.
-    bad: a line for each record that was passed over.
-  """
-
-  arrays: Arrays
-  bad: list[str]
-
-  @property
-  def good(self) -> int:
-    """Records in these rows."""
-    if "segments" in self.arrays:
-      return int(self.arrays["segments"].max(axis=1).sum())
-    return int(self.arrays["real"].sum())
+# Records over which the rate of bad ones is taken, at least.
+LAST = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +35,12 @@ class Batches:
   Attributes:
     rows: step -> Rows, a pure function.
     workers: processes that prepare batches ahead; 0: threads.
-    warm: step -> None, done once before batches from that step are made.
+    dropped: step -> records left over up to then, good but in no batch.
   """
 
   rows: Callable[[int], Rows]
   workers: int
-  warm: Callable[[int], None]
+  dropped: Callable[[int], int]
 
   def __getitem__(self, step: int) -> Rows:
     """The rows of a step, from 0."""
@@ -57,9 +49,65 @@ class Batches:
   def iterate(self, first: int = 0) -> Iterator[Rows]:
     """Rows of steps `first`, `first` + 1, ... without end, prepared ahead.
 
-    Close the iterator (or leave its scope) to end its workers.
+    Close the iterator, or drop it, to end its workers.
     """
-    raise NotImplementedError
+    import grain
+    from absl import flags
+
+    # Here and not in each worker: what lies before `first` is counted once,
+    # and settings that do not fit are refused before workers start.
+    self.dropped(first)
+    steps = grain.MapDataset.source(_Steps(self, first))
+    read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    ahead = steps.to_iter_dataset(read)
+    if self.workers:
+      # Grain reads its flags for the workers, of which a program that is not
+      # of absl's kind has parsed none: their defaults do.
+      if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+      ahead = ahead.mp_prefetch(
+        grain.MultiprocessingOptions(
+          num_workers=self.workers, per_worker_buffer_size=2
+        ),
+        worker_init_fn=_start_worker,
+      )
+    with contextlib.closing(iter(ahead)) as iterator:
+      yield from iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+  """Batches from a step on, as Grain wants its sources."""
+
+  batches: Batches
+  first: int
+
+  def __len__(self) -> int:
+    return 2**40
+
+  def __getitem__(self, i: int) -> Rows:
+    return self.batches[self.first + i]
+
+
+def _start_worker(index, count):
+  """In a worker process, before it reads anything."""
+  import multiprocessing
+
+  import jax
+
+  # The accelerator belongs to the main process, should `prepare` use JAX.
+  jax.config.update("jax_platforms", "cpu")
+  # A signal to the whole group is for the main process to act on: it still
+  # wants batches up to the checkpoint it saves, and then ends its workers.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+  # One that is killed can't: its workers would wait for it for good.
+  def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def packed(
@@ -89,7 +137,20 @@ def packed(
   Raises:
     InputError: sources that can't be opened, or settings that do not fit.
   """
-  raise NotImplementedError
+  wrong = sorted({s.task for s in data.sources} - set(sequences.TASKS))
+  if wrong or data.seq_len < 1:
+    raise InputError(
+      f"data of token sequences has seq_len {data.seq_len} and tasks "
+      f"{', '.join(wrong) or 'that fit'}; expected above 0, and of "
+      f"{', '.join(sequences.TASKS)}"
+    )
+  own = own_rows(global_batch, process)
+  feed = Feed(data, seed)
+  windows = plan.Windows(
+    PackWindow(feed, tokenizer, data), "raise data.seq_len"
+  )
+  rows = PackedRows(feed, tokenizer, data, windows, global_batch, own)
+  return Batches(rows, data.workers, rows.dropped)
 
 
 def images(
@@ -125,7 +186,22 @@ def images(
   Raises:
     InputError: sources that can't be opened, or settings that do not fit.
   """
-  raise NotImplementedError
+  wrong = sorted({s.task for s in data.sources} - {"image"})
+  if wrong:
+    raise InputError(
+      f"data of images has the tasks {', '.join(wrong)}, expected image"
+    )
+  own = own_rows(global_batch, process)
+  feed = Feed(data, seed)
+  windows = None
+  if bucket_of is not None:
+    windows = plan.Windows(
+      BucketWindow(feed, bucket_of, data.window, global_batch),
+      f"raise data.window ({data.window}), or lower the number of buckets or "
+      f"global_batch ({global_batch})",
+    )
+  rows = ImageRows(feed, prepare, blank, windows, global_batch, own)
+  return Batches(rows, data.workers, rows.dropped)
 
 
 class BadRecords:
@@ -138,11 +214,31 @@ class BadRecords:
   def __init__(self, max_rate: float, log: Callable[[str], None]):
     """
     Args:
-      max_rate: of bad records among the last 200 or more.
+      max_rate: of bad records among the last `LAST` or more.
       log: gets a line for each bad record.
     """
-    raise NotImplementedError
+    self.bad = self.total = 0
+    self._max_rate, self._log = max_rate, log
+    self._recent: collections.deque[tuple[int, int]] = collections.deque()
 
   def add(self, bad: Sequence[str], good: int) -> None:
-    """Counts `rows.bad` and `rows.good`; raises InputError above the rate."""
-    raise NotImplementedError
+    """Counts `rows.bad` and `rows.good`; raises InputError above the rate.
+
+    It raises as soon as `LAST` records would be above it, were all of those
+    still to come good.
+    """
+    for line in bad:
+      self._log(f"bad record, passed over: {line}")
+    self._recent.append((len(bad), len(bad) + good))
+    self.bad += len(bad)
+    self.total += len(bad) + good
+    total = sum(t for _, t in self._recent)
+    while total - self._recent[0][1] >= LAST:
+      total -= self._recent.popleft()[1]
+    recent = sum(b for b, _ in self._recent)
+    if recent > self._max_rate * max(total, LAST):
+      raise InputError(
+        f"{recent} of the last {total} records are bad, expected at most "
+        f"{self._max_rate:.2%} of {max(total, LAST)} (data.max_bad_rate); "
+        f"the last one: {bad[-1] if bad else 'see above'}"
+      )

@@ -211,7 +211,7 @@ class Windows:
       make: window -> what is made of it, a pure function.
       hint: what to change where windows give nothing.
     """
-    self._make, self._hint = make, hint
+    self.make, self._hint = make, hint
     self._ends: list[int] = []  # units up to the end of each window
     self._dropped: list[int] = []
     self._cache: collections.OrderedDict[int, Window] = (
@@ -273,7 +273,7 @@ class Windows:
 
   def _window(self, w):
     if w not in self._cache:
-      self._cache[w] = self._make(w)
+      self._cache[w] = self.make(w)
       while len(self._cache) > _CACHED_WINDOWS:
         self._cache.popitem(last=False)
     self._cache.move_to_end(w)
