@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Sets up what is needed and runs one verb:
 #   ./launch/run.sh setup       make .venv with the CPU packages
-#   ./launch/run.sh test [...]  setup, lint, and the tests (arguments: pytest's)
+#   ./launch/run.sh lint        setup, then ruff and the check of imports
+#   ./launch/run.sh test [...]  the same, and the tests (arguments: pytest's)
+#   ./launch/run.sh train [...] setup, then `xomni train ...`, again and again
+#                               while it stops saved since it was preempted
 #   ./launch/run.sh demo [...]  setup, then a page about every part of the model
 #   ./launch/run.sh VERB [...]  setup, then `xomni VERB ...`
 # XOMNI_VENV names another virtual environment; PYTHON another interpreter.
@@ -45,11 +48,48 @@ set_up() {
 # must not look for one: that stalls for half a minute.
 no_tpu() { ! compgen -G '/dev/accel*' >/dev/null && ! compgen -G '/dev/vfio/[0-9]*' >/dev/null; }
 
+lint() {
+  cd "$here"
+  "$venv/bin/ruff" check .
+  "$venv/bin/ruff" format --check .
+  "$venv/bin/lint-imports"
+}
+
+# A preempted run saves and exits with 143. What tells this script to stop is
+# passed on, and then nothing is started again; told twice, it kills.
+train() {
+  local child="" told="" status started quick=0
+  stop() {
+    local signal=TERM
+    [ -n "$told" ] && signal=KILL
+    told=yes
+    [ -z "$child" ] || kill -"$signal" "$child" 2>/dev/null || true
+  }
+  trap stop TERM INT
+  while true; do
+    started=$SECONDS
+    "$venv/bin/python" -m xomni_jax train "$@" &
+    child=$!
+    [ -z "$told" ] || kill -TERM "$child"
+    # `wait` also ends when a signal comes; the last one has the exit status.
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+    status=0
+    wait "$child" || status=$?
+    [ "$status" = 143 ] && [ -z "$told" ] || exit "$status"
+    quick=$((SECONDS - started < 60 ? quick + 1 : 0))
+    if [ "$quick" -ge 5 ]; then
+      echo "run.sh: preempted five times in less than a minute each; giving up" >&2
+      exit "$status"
+    fi
+    echo "run.sh: training was preempted (exit status 143); starting it again" >&2
+  done
+}
+
 verb=${1:-help}
 [ $# -gt 0 ] && shift
 case $verb in
   help | -h | --help)
-    sed -n '2,7p' "${BASH_SOURCE[0]}" | cut -c3-
+    sed -n '2,10p' "${BASH_SOURCE[0]}" | cut -c3-
     exit
     ;;
 esac
@@ -59,11 +99,10 @@ if no_tpu && [ -z "${JAX_PLATFORMS:-}" ] && ! command -v nvidia-smi >/dev/null; 
 fi
 case $verb in
   setup) echo "run.sh: $venv is ready" ;;
+  lint) lint ;;
+  train) train "$@" ;;
   test)
-    cd "$here"
-    "$venv/bin/ruff" check .
-    "$venv/bin/ruff" format --check .
-    "$venv/bin/lint-imports"
+    lint
     # By file: the tests of a file share what they compiled.
     exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
     ;;

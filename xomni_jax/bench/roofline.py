@@ -7,25 +7,9 @@ import jax
 
 from xomni_jax.config import ARConfig, FluxConfig
 from xomni_jax.models import ar
+from xomni_jax.training import peaks
 
 _TIME_DIM = 256  # sinusoids of FLUX's timestep and guidance
-
-# Device name as the driver spells it (the longest match counts): memory
-# bandwidth in TB/s and dense bf16 TFLOP/s, from NVIDIA's data sheets.
-_PEAKS = {
-  "A100-SXM4-40GB": (1.555, 312),
-  "A100-PCIE-40GB": (1.555, 312),
-  "A100 80GB PCIe": (1.935, 312),
-  "A100-SXM4-80GB": (2.039, 312),
-  "L4": (0.300, 121),
-  "L40S": (0.864, 362),
-  "H100 PCIe": (2.0, 756),
-  "H100 NVL": (3.9, 835),
-  "H100": (3.35, 989),  # SXM, "H100 80GB HBM3"
-  "H200 NVL": (4.8, 835),
-  "H200": (4.8, 989),
-  "B200": (8.0, 2250),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +31,7 @@ def peak(
   device: str, bandwidth: float | None = None, flops: float | None = None
 ) -> Peak:
   """The peak of a device by name; TB/s and TFLOP/s given here go first."""
-  # As whole words, so that L4 is not found in L40S; a MIG slice has only a
-  # share of its device's peak.
-  names = [
-    n for n in _PEAKS if f" {n} " in f" {device} " and "MIG" not in device
-  ]
-  known = _PEAKS[max(names, key=len)] if names else (None, None)
+  known = peaks.rates(device)
   values = (bandwidth or known[0], flops or known[1])
   shown = [
     f"{value:g} {unit} ({'given' if own else 'data sheet'})"
