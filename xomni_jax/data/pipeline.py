@@ -72,7 +72,9 @@ class Batches:
         worker_init_fn=_start_worker,
       )
     with contextlib.closing(iter(ahead)) as iterator:
-      yield from iterator
+      for arrays, bad in iterator:
+        # Copied out of the memory shared with workers, which is theirs.
+        yield Rows({k: np.array(v) for k, v in arrays.items()}, bad)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A model out of a checkpoint's files."""
 
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ def load(
   mesh: jax.sharding.Mesh | None = None,
   *,
   progress: bool = False,
+  only: Collection[str] | None = None,
 ) -> Model:
   """Loads a checkpoint in the released layout.
 
@@ -33,6 +35,8 @@ def load(
       CPU, else bfloat16.
     mesh: where to put it (`xomni_jax.make_mesh`); None: the first device.
     progress: show progress bars on standard error, here and in later calls.
+    only: parts to load, such as "siglip" and "vq" to encode images and nothing
+      else; None: all.
   Raises:
     InputError: the files are incomplete, or do not fit each other.
   """
@@ -63,6 +67,8 @@ def load(
   if flux is not None:
     decoder = checkpoint.open_decoder(opened, flux)
     parts |= decoder.parts
+  if only is not None:
+    parts = {name: parts[name] for name in only}
   params = {}
   total = sum(part.tensors for part in parts.values())
   with tqdm(total=total, unit="tensor", disable=not progress) as bar:

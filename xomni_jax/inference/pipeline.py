@@ -92,16 +92,20 @@ class Model:
       InputError: unreadable, too small or too elongated.
     """
     pixels = images.preprocess(image, self.config.transform)
+    return self.encode_pixels(pixels[None])[0]
+
+  def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+    """Codes i32[B, h, w] of preprocessed images, f32[B, H, W, 3] in [-1, 1]."""
     with jax.set_mesh(self.mesh):
       codes = _encode(
         self.params["siglip"],
         self.params["vq"],
-        pixels[None],
+        pixels,
         vit=self._vit,
         quantiser=self.config.vq,
         compute=self.compute,
       )
-    return np.asarray(codes[0])
+    return np.asarray(codes)
 
   def decode(
     self,
