@@ -11,6 +11,7 @@ import dataclasses
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
@@ -51,6 +52,12 @@ class Batches:
 
     Close the iterator, or drop it, to end its workers.
     """
+    rows = self._ahead(first)
+    # Before the program's end takes away the modules that closing needs.
+    weakref.finalize(rows, _close, weakref.ref(rows))
+    return rows
+
+  def _ahead(self, first):
     import grain
     from absl import flags
 
@@ -75,6 +82,12 @@ class Batches:
       for arrays, bad in iterator:
         # Copied out of the memory shared with workers, which is theirs.
         yield Rows({k: np.array(v) for k, v in arrays.items()}, bad)
+
+
+def _close(reference):
+  rows = reference()
+  if rows is not None:
+    rows.close()
 
 
 @dataclasses.dataclass(frozen=True)

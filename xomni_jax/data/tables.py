@@ -198,4 +198,4 @@ class ImageFolder:
 
   def size(self, i: int) -> tuple[int, int]:
     """(width, height) in px, by the image's header."""
-    return fields.size_of(self[i])
+    return fields.size_of({"image": self._paths[i]})
