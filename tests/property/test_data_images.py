@@ -248,3 +248,33 @@ def test_codes_picture_keeps_the_first_codes_well_apart():
 )
 def test_codes_picture_refuses_what_is_no_grid_of_codes(codes, match):
   refused(match, images.codes_picture, codes, 64)
+
+
+def test_levels_are_the_preprocessed_pixels_bit_by_bit():
+  levels = np.arange(256, dtype=np.uint8)
+  array = np.broadcast_to(levels.reshape(16, 16, 1), (16, 16, 3)).copy()
+  small = transform(short_size=16, min_short_size=1)
+  got = images.preprocess(array, small)
+  np.testing.assert_array_equal(got, images.LEVELS[array])
+  # The reference's order of operations, in float32.
+  exact = np.float32(levels) / np.float32(255)
+  exact = (exact - np.float32(0.5)) / np.float32(0.5)
+  assert images.LEVELS.dtype == np.float32
+  np.testing.assert_array_equal(images.LEVELS, exact)
+
+
+def test_pixels_u8_are_preprocess_before_its_last_step():
+  array = noise(200, 311)
+  pixels = images.pixels_u8(array, transform())
+  assert pixels.dtype == np.uint8 and pixels.shape == (384, 592, 3)
+  np.testing.assert_array_equal(
+    images.LEVELS[pixels], images.preprocess(array, transform())
+  )
+
+
+def test_open_image_reads_the_bytes_of_a_file():
+  stream = io.BytesIO()
+  Image.fromarray(noise(5, 7)).save(stream, "PNG")
+  data = stream.getvalue()
+  np.testing.assert_array_equal(images.open_image(data), noise(5, 7))
+  refused("^image can't be read", images.open_image, data[:60])
