@@ -19,8 +19,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from xomni_jax.checkpoints import manifest
+from xomni_jax.checkpoints.run_config import check_config, save_config
 from xomni_jax.errors import InputError
 from xomni_jax.train_config import CheckpointConfig
+
+__all__ = ["Runs", "check_config", "save_config"]
 
 _COMMITTED = "commit_success.txt"  # Orbax's, the very last
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -92,11 +95,12 @@ class Runs:
     self.wait()
     if step == self._last:
       return
-    if self._last is None and self._folders()[-1:] >= [step]:
+    newest = max(self._folders(), default=-1)
+    if self._last is None and newest >= step:
       raise InputError(
-        f"{self.folder} has a checkpoint of step {self._folders()[-1]}, and "
-        f"step {step} of another run cannot be saved there; resume from it, "
-        "or give another folder"
+        f"{self.folder} has a checkpoint of step {newest}, and step {step} of "
+        "another run cannot be saved there; resume from it, or give another "
+        "folder"
       )
     self._writing = step
     try:
