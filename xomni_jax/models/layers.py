@@ -17,6 +17,8 @@ from xomni_jax.mesh import constrain, ways
 
 # Finite, so that a fully masked row (padding) gives numbers and not NaN.
 NEG_INF = jnp.finfo(jnp.float32).min
+# The segment of keys that queries of every segment attend to.
+SHARED = -1
 
 
 def attention(
@@ -43,7 +45,7 @@ def attention(
       and earlier ones. None: to all.
     bias_NTS: added to the scores; only with T <= chunk.
     segments: i32[B, T] of the queries and i32[B, S] of the keys; attention
-      stays within a segment.
+      stays within a segment, and what is SHARED.
   Returns:
     [B, T, N, H].
   """
@@ -67,7 +69,8 @@ def attention(
     if causal_from is not None:
       keep &= slots_S <= (causal_from + slots_t)[:, None]
     if segments is not None:
-      keep &= segments_Bt[:, :, None] == segments[1][:, None, :]
+      keys_BS = segments[1][:, None, :]
+      keep &= (segments_Bt[:, :, None] == keys_BS) | (keys_BS == SHARED)
     scores = jnp.where(keep[:, None, None], scores, NEG_INF)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
     out = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH)
