@@ -130,7 +130,10 @@ class Runs:
       self._remove_old(self._last)
 
   def close(self) -> None:
-    """`wait`, and gives back Orbax's threads."""
+    """`wait`, and gives back Orbax's threads; may be called again.
+
+    A checkpoint in the making is lost if the program ends without it.
+    """
     try:
       self.wait()
     finally:
