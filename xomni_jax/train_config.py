@@ -376,6 +376,8 @@ class TokenizerOptions:
   """Of stage `tokenizer`.
 
   Attributes:
+    grids: (rows, columns) of image tokens of the aspect buckets.
+    text_len: tokens of questions and answers beside the image.
     temperature: of the softmax over codes; the reference's class has 2.
     entropy: weight of the auxiliary term that spreads the use of codes.
     commitment: weight of mean((z_hard - sg(z))^2); the reference has 0.25.
@@ -384,13 +386,16 @@ class TokenizerOptions:
     kmeans: iterations of the k-means start at that step; 0: none.
     kmeans_batches: batches of features it sees.
     revive_every: steps between replacements of dead codes; 0: never.
+    revive_until: no code is replaced from this step on; 0: to the end.
     dead_below: a code is dead below this share of the mean use.
-    features, pixels: weights of optional reconstruction terms.
-    text_len: tokens of question and answer beside the image.
+    features, pixels: weights of optional reconstruction terms, of the ViT's
+      features (1 - cosine) and of pixels (squared error).
+    loss_chunk: tokens of a row whose logits exist at once.
   """
 
-  temperature: float
+  grids: tuple[tuple[int, int], ...]
   text_len: int
+  temperature: float
   entropy: float = 0.0
   commitment: float = 0.25
   skip: float = 0.1
@@ -398,9 +403,29 @@ class TokenizerOptions:
   kmeans: int = 10
   kmeans_batches: int = 8
   revive_every: int = 0
+  revive_until: int = 0
   dead_below: float = 0.05
   features: float = 0.0
   pixels: float = 0.0
+  loss_chunk: int = 1024
+
+  def __post_init__(self):
+    _validate(
+      self,
+      (len(self.grids) > 0, "grids is empty"),
+      *_positive(
+        self, "text_len", "temperature", "kmeans_batches", "loss_chunk"
+      ),
+      (0 <= self.skip <= 1, f"skip is {self.skip}, expected 0 to 1"),
+      *(
+        (getattr(self, n) >= 0, f"{n} is {getattr(self, n)}, expected from 0")
+        for n in (
+          *("entropy", "commitment", "quantise_from", "kmeans"),
+          *("revive_every", "revive_until", "dead_below"),
+          *("features", "pixels"),
+        )
+      ),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
