@@ -16,31 +16,14 @@ from xomni_jax.checkpoints import released, released_config
 from xomni_jax.checkpoints.released import Part
 from xomni_jax.checkpoints.released_config import read_json
 from xomni_jax.checkpoints.tensor_files import folder_files, pt_file
-from xomni_jax.config import (
-  CLIPConfig,
-  FluxConfig,
-  SchedulerConfig,
-  SiglipConfig,
-  T5Config,
-  VAEConfig,
-  XOmniConfig,
-)
+from xomni_jax.config import FluxConfig, SiglipConfig, XOmniConfig
 from xomni_jax.errors import InputError
-from xomni_jax.models import ar, flux, siglip, text_encoders, vae, vq
+from xomni_jax.inference.flux1 import Flux1, open_flux1, parts_of
+from xomni_jax.inference.hub import resolve
+from xomni_jax.models import ar, flux, siglip, vq
 
-# Of FLUX.1-dev all but its transformer: X-Omni brings its own.
-_FLUX1_FILES = [
-  f"{name}/*"
-  for name in (
-    "scheduler",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "vae",
-  )
-]
-_STEM, _DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
+# Of weight files.
+STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,61 +46,16 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoder:
+class Decoder(Flux1):
   """The diffusion decoder, opened.
 
   Attributes:
-    folder: the FLUX.1-dev folder (for its tokenizers).
-    flux, vae, clip, t5, scheduler: configs.
+    flux: config of the diffusion transformer, which X-Omni brings.
     parts: "flux", "vae", "clip" and "t5".
   """
 
-  folder: pathlib.Path
   flux: FluxConfig
-  vae: VAEConfig
-  clip: CLIPConfig
-  t5: T5Config
-  scheduler: SchedulerConfig
   parts: Mapping[str, Part]
-
-
-def resolve(
-  path_or_id: str | pathlib.Path, patterns: list[str] | None = None
-) -> pathlib.Path:
-  """The local folder of a path or a Hugging Face hub id.
-
-  Args:
-    path_or_id: a folder, or `owner/name`, which is fetched into the hub cache.
-    patterns: fetch only files that match.
-  Raises:
-    InputError: neither; or the hub can't give it.
-  """
-  path = pathlib.Path(path_or_id)
-  if path.is_dir():
-    return path
-  text = str(path_or_id)
-  if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
-    raise InputError(
-      f"{text}: no such folder; expected a folder in the released layout or a "
-      "Hugging Face hub id 'owner/name'"
-    )
-  import huggingface_hub
-  from huggingface_hub import errors
-
-  try:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(text, allow_patterns=patterns)
-    )
-  except (
-    errors.HfHubHTTPError,
-    errors.HFValidationError,
-    OSError,
-    ValueError,
-  ) as e:
-    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-    raise InputError(
-      f"{text}: no such folder, and the hub can't give it ({reason})"
-    ) from None
 
 
 def inside(folder: pathlib.Path, relative: str, where: str) -> pathlib.Path:
@@ -158,7 +96,7 @@ def open_checkpoint(path_or_id: str | pathlib.Path) -> Checkpoint:
         "language model",
         ar.rows(cfg.ar),
         ar.abstract(cfg.ar),
-        folder_files(folder, _STEM),
+        folder_files(folder, STEM),
       ),
       "siglip": Part(
         "image encoder",
@@ -191,7 +129,7 @@ def open_flux(checkpoint: Checkpoint) -> tuple[FluxConfig, Part]:
     "diffusion transformer",
     flux.rows(config),
     flux.abstract(config),
-    folder_files(folder, _DIFFUSERS_STEM),
+    folder_files(folder, DIFFUSERS_STEM),
   )
 
 
@@ -200,18 +138,7 @@ def open_decoder(checkpoint: Checkpoint, flux1: str | pathlib.Path) -> Decoder:
 
   A `transformer` folder in FLUX.1-dev is ignored.
   """
-  folder = resolve(flux1, _FLUX1_FILES)
-
-  def read(name, parse, file="config.json"):
-    where = folder / name / file
-    return parse(read_json(where), str(where))
-
-  vae_cfg = read("vae", released_config.vae_config)
-  clip = read("text_encoder", released_config.clip_config)
-  t5 = read("text_encoder_2", released_config.t5_config)
-  scheduler = read(
-    "scheduler", released_config.scheduler_config, "scheduler_config.json"
-  )
+  rest = open_flux1(flux1)
   flux_cfg, flux_part = open_flux(checkpoint)
   factor = checkpoint.config.decoder.upscale_factor
   wrong = [
@@ -220,50 +147,30 @@ def open_decoder(checkpoint: Checkpoint, flux1: str | pathlib.Path) -> Decoder:
       (
         "in_channels",
         flux_cfg.in_channels,
-        4 * vae_cfg.latent_channels,
+        4 * rest.vae.latent_channels,
         "the VAE",
       ),
-      ("joint_attention_dim", flux_cfg.joint_attention_dim, t5.d_model, "T5"),
+      (
+        "joint_attention_dim",
+        flux_cfg.joint_attention_dim,
+        rest.t5.d_model,
+        "T5",
+      ),
       (
         "pooled_projection_dim",
         flux_cfg.pooled_projection_dim,
-        clip.hidden_size,
+        rest.clip.hidden_size,
         "CLIP",
       ),
-      ("upscale_factor", factor, 2 * vae_cfg.factor, "the VAE"),
+      ("upscale_factor", factor, 2 * rest.vae.factor, "the VAE"),
     )
     if a != b
   ]
   if wrong:
-    raise InputError(f"{folder}: does not fit: {'; '.join(wrong)}")
+    raise InputError(f"{rest.folder}: does not fit: {'; '.join(wrong)}")
+  fields = {f.name: getattr(rest, f.name) for f in dataclasses.fields(rest)}
   return Decoder(
-    folder,
-    flux_cfg,
-    vae_cfg,
-    clip,
-    t5,
-    scheduler,
-    {
-      "flux": flux_part,
-      "vae": Part(
-        "autoencoder",
-        vae.rows(vae_cfg),
-        vae.abstract(vae_cfg),
-        folder_files(folder / "vae", _DIFFUSERS_STEM),
-      ),
-      "clip": Part(
-        "CLIP",
-        text_encoders.clip_rows(clip),
-        text_encoders.clip_abstract(clip),
-        folder_files(folder / "text_encoder", _STEM),
-      ),
-      "t5": Part(
-        "T5",
-        text_encoders.t5_rows(t5),
-        text_encoders.t5_abstract(t5),
-        folder_files(folder / "text_encoder_2", _STEM),
-      ),
-    },
+    **fields, flux=flux_cfg, parts={"flux": flux_part, **parts_of(rest)}
   )
 
 
@@ -296,18 +203,30 @@ def write_released(
     for path in sorted(checkpoint.folder.iterdir()):
       if path.suffix in _COPIED and path.name != "config.json":
         shutil.copyfile(path, folder / path.name)
-    (folder / f"{_STEM}.safetensors.index.json").unlink(missing_ok=True)
-    released.write_safetensors(folder, _STEM, tensors["ar"])
-    for name, path in (("siglip", cfg.siglip_path), ("vq", cfg.projector_path)):
-      target = (folder / path).with_suffix(f".{vit_format}")
-      target.parent.mkdir(parents=True, exist_ok=True)
-      released.write_pt(target, tensors[name])
-    target = folder / cfg.flux_path
-    target.mkdir(parents=True)
+    (folder / f"{STEM}.safetensors.index.json").unlink(missing_ok=True)
+    (folder / cfg.flux_path).mkdir(parents=True)
     shutil.copyfile(
-      checkpoint.folder / cfg.flux_path / "config.json", target / "config.json"
+      checkpoint.folder / cfg.flux_path / "config.json",
+      folder / cfg.flux_path / "config.json",
     )
-    released.write_safetensors(target, _DIFFUSERS_STEM, tensors["flux"])
+    write_weights(folder, cfg, tensors, vit_format)
+
+
+def write_weights(
+  folder: pathlib.Path,
+  cfg: XOmniConfig,
+  tensors: Mapping[str, Tensors],
+  vit_format: str,
+) -> None:
+  """Writes the weight files of a model into its folder, which has configs."""
+  released.write_safetensors(folder, STEM, tensors["ar"])
+  for name, path in (("siglip", cfg.siglip_path), ("vq", cfg.projector_path)):
+    target = (folder / path).with_suffix(f".{vit_format}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    released.write_pt(target, tensors[name])
+  released.write_safetensors(
+    folder / cfg.flux_path, DIFFUSERS_STEM, tensors["flux"]
+  )
 
 
 # Tokenizer, generation settings, the reference's own code and its texts.
