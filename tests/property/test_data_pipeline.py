@@ -338,6 +338,18 @@ def test_image_draws_depend_on_epoch_and_record_only(pictures):
   assert (draws(a, range(5)) != draws(a, range(5, 10))).sum() == 17
 
 
+def test_image_draws_do_not_depend_on_the_order(pictures):
+  found = []
+  for shuffle in (True, False):
+    batches, draws = images(config(pictures, "image", shuffle=shuffle)), {}
+    for step in range(5):
+      rows = batches[step]
+      for b in range(4):
+        draws[number(rows, b, pictures)] = float(rows.arrays["draw"][b])
+    found.append(draws)
+  assert found[0] == found[1] and len(set(found[0].values())) == 18
+
+
 @pytest.mark.parametrize("bucket", [None, bucket_of])
 def test_image_processes_share_the_same_global_batch(pictures, bucket):
   data = config(pictures, "image", window=20)
@@ -413,7 +425,8 @@ if __name__ == "__main__":
   if sys.argv[2] == "end":
     sys.exit(0)
   sys.stdin.readline()
-  next(iterator)
+  for _ in range(20):  # more than were made before
+    next(iterator)
   print("still", flush=True)
   time.sleep(60)
 """
@@ -457,6 +470,7 @@ def wait_for_end(pids):
   assert not alive(pids)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_program_that_does_not_close_them(started):
   process = started("end")
   out, err = process.communicate(timeout=60)
