@@ -162,10 +162,10 @@ def pack(lengths: np.ndarray, width: int) -> tuple[list[list[int]], list[int]]:
   """
   good = (lengths > 0) & (lengths <= width)
   order = np.argsort(-lengths, kind="stable")
+  order = order[good[order]]
   rows: list[list[int]] = []
   room: list[tuple[int, int]] = []  # (tokens left, row), ascending
-  for n in order[good[order]].tolist():
-    length = int(lengths[n])
+  for n, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
     at = bisect.bisect_left(room, (length, -1))
     if at == len(room):
       left, row = width, len(rows)

@@ -36,6 +36,7 @@ class Shards:
       for path, table in zip(self._paths, self._tables, strict=True)
     ]
     self._ends = np.array([0, *itertools.accumulate(counts)])
+    self._lengths: dict[str, np.ndarray] = {}  # asked for, by task
     self._lock, self._readers = threading.Lock(), {}
 
   def __getstate__(self):
@@ -84,7 +85,10 @@ class Shards:
     """
     if not all(table and task in table for table in self._tables):
       return None
-    return np.concatenate([table[task] for table in self._tables])
+    if task not in self._lengths:
+      tables = [table[task] for table in self._tables]
+      self._lengths[task] = np.concatenate(tables)
+    return self._lengths[task]
 
   def _find(self, i):
     if not 0 <= i < len(self):
