@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from xomni_jax.config import Architecture
 from xomni_jax.errors import InputError
 
@@ -87,11 +89,25 @@ def load_architecture(spec: str | None) -> Architecture:
     InputError: no such file, no such size, or it does not fit.
   """
   name, _, size = (spec or str(_MODEL)).partition(":")
+  return architecture(read_config(name, size), name)
+
+
+def model_sizes(size: str) -> dict[str, Any]:
+  """Sections of the repository's `configs/model.py`, for other configs."""
+  return read_config(str(_MODEL), size).to_dict()
+
+
+def read_config(name: str, size: str = "") -> ConfigDict:
+  """What `get_config(size)` of a Python file returns; "": its default size.
+
+  Raises:
+    InputError: no such file, no such size, or the file fails.
+  """
   path = pathlib.Path(name)
   if not path.is_file() or path.suffix != ".py":
     raise InputError(
       f"config {name}: no such Python file; expected FILE.py[:SIZE], or a "
-      "clone of the repository, whose configs/model.py has the sizes"
+      "clone of the repository, whose configs/ has them"
     )
   found = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(found)
@@ -100,4 +116,9 @@ def load_architecture(spec: str | None) -> Architecture:
     config = module.get_config(*filter(None, [size]))
   except Exception as e:  # whatever a file of a user's may raise
     raise InputError(f"config {name}: {type(e).__name__}: {e}") from e
-  return architecture(config, name)
+  if not isinstance(config, ConfigDict):
+    raise InputError(
+      f"config {name}: get_config gave a {type(config).__name__}, expected an "
+      "ml_collections.ConfigDict"
+    )
+  return config

@@ -76,6 +76,22 @@ def make_mesh(
     ) from None
 
 
+def fill(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+  """Axis sizes in which one -1 stands for what is left of `count` devices.
+
+  Raises:
+    InputError: several are -1, or the others do not divide `count`.
+  """
+  fixed = math.prod(n for n in sizes.values() if n != -1)
+  free = [axis for axis, n in sizes.items() if n == -1]
+  if len(free) > 1 or (free and count % fixed):
+    raise InputError(
+      f"mesh {dict(sizes)} does not fit {count} devices; expected one -1 at "
+      "most, and sizes whose product divides them"
+    )
+  return dict(sizes) | {axis: count // fixed for axis in free}
+
+
 def _over_slices(sizes, devices, count):
   """A mesh whose first axis goes from slice to slice."""
   from jax.experimental import mesh_utils

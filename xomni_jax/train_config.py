@@ -290,7 +290,8 @@ class TrainConfig:
     global_batch: rows of a step, over all processes.
     phases: one after the other.
     data, eval_data: training and held-out records.
-    mesh: (axis, size) pairs; an axis left out is 1.
+    mesh: (axis, size) pairs; an axis left out is 1, one of -1 gets all devices
+      that are left.
     frozen_dtype: of the parameters that no phase trains.
     options: the stage's own settings, one of the dataclasses below.
   """

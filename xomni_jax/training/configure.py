@@ -2,8 +2,6 @@
 
 import ast
 import dataclasses
-import importlib.util
-import pathlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,7 +12,7 @@ from ml_collections import ConfigDict
 from xomni_jax import config as config_lib
 from xomni_jax import train_config
 from xomni_jax.config import Architecture
-from xomni_jax.config_files import architecture
+from xomni_jax.config_files import architecture, read_config
 from xomni_jax.errors import InputError
 from xomni_jax.train_config import TrainConfig
 
@@ -23,31 +21,9 @@ _BESIDES = ("architecture", "lm", "transform", "decoder")
 
 
 def read(spec: str) -> ConfigDict:
-  """The ConfigDict of "FILE[:SIZE]".
-
-  Raises:
-    InputError: no such file, no such size, or the file fails.
-  """
+  """The ConfigDict of "FILE[:SIZE]"; InputError if there is none."""
   name, _, size = spec.partition(":")
-  path = pathlib.Path(name)
-  if not path.is_file() or path.suffix != ".py":
-    raise InputError(
-      f"config {name}: no such Python file; expected FILE.py[:SIZE], such as "
-      "configs/pretrain.py:tiny of the repository"
-    )
-  found = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(found)
-  try:
-    found.loader.exec_module(module)
-    config = module.get_config(*filter(None, [size]))
-  except Exception as e:  # whatever a file of a user's may raise
-    raise InputError(f"config {name}: {type(e).__name__}: {e}") from e
-  if not isinstance(config, ConfigDict):
-    raise InputError(
-      f"config {name}: get_config gave a {type(config).__name__}, expected an "
-      "ml_collections.ConfigDict"
-    )
-  return config
+  return read_config(name, size)
 
 
 def override(config: ConfigDict, settings: Sequence[str]) -> None:

@@ -57,7 +57,9 @@ def train(
     RunError: the loss is no longer finite.
   """
   workdir = pathlib.Path(workdir)
-  mesh = mesh_lib.make_mesh(**dict(cfg.mesh))
+  mesh = mesh_lib.make_mesh(
+    **mesh_lib.fill(dict(cfg.mesh), jax.device_count())
+  )
   step_lib.check_batch(cfg, mesh)
   layout = make_layout(stage.program.parts, cfg.phases, mesh, cfg.frozen_dtype)
   folder = workdir / "checkpoints"

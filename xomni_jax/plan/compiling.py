@@ -1,23 +1,14 @@
-"""`xomni plan`: compiles for hardware that is not there, and says what fits.
+"""Programs compiled for devices that are not there, and what they need."""
 
-XLA's TPU compiler comes with libtpu and needs no TPU: programs are lowered for
-the devices of a named slice, with abstract arrays that carry the shardings the
-real ones would have, and the compiled program tells its bytes per device.
-"""
-
-import argparse
 import collections
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import math
 import os
-import pathlib
 import re
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -26,14 +17,9 @@ from jax.sharding import Mesh
 
 from xomni_jax import mesh as mesh_lib
 from xomni_jax import params as params_lib
-from xomni_jax.config import ARConfig, Compute, FluxConfig
-from xomni_jax.config_files import load_architecture
 from xomni_jax.errors import InputError
-from xomni_jax.inference import flow, sampling
-from xomni_jax.models import ar, flux
 
 LIBTPU = "libtpu==0.0.52"  # what jax 0.10.2 goes with
-_TEXT = 512  # T5 tokens of a prompt, padding included
 _GIB = 2**30
 # Per JAX device; of a TPU7x chip's 192 GiB each of its two devices has half.
 _HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
@@ -130,69 +116,6 @@ def _size(count: int) -> str:
   return f"{count / _GIB:.2f} GiB"
 
 
-def main(argv: list[str]) -> int:
-  """Compiles the programs that are asked for and prints their plans.
-
-  Raises:
-    InputError: bad arguments, no libtpu, or a program that does not fit.
-  """
-  args = _parse(argv)
-  arch = load_architecture(args.config)
-  cell = 2 * arch.vae.factor
-  if min(args.batch, args.cache) < 1 or args.size < cell or args.size % cell:
-    raise InputError(
-      f"batch {args.batch}, cache {args.cache} and size {args.size} px: "
-      f"expected at least 1, 1 and a multiple of {cell}"
-    )
-  grid = (args.size // cell, args.size // cell)
-  target = open_target(args.target)
-  mesh = mesh_of(target, args.mesh) if args.mesh else None
-  programs = {
-    "decode": lambda: plan_decode(
-      arch.ar, target, mesh, batch=args.batch, cache=args.cache
-    ),
-    "flux": lambda: plan_flux(arch.flux, target, mesh, grid=grid),
-  }
-  # Compiled anew whatever a cache holds, so that the seconds are true.
-  jax.config.update("jax_enable_compilation_cache", False)
-  plans = []
-  for name, compile_it in programs.items():
-    if args.program in (name, "all"):
-      plans.append(compile_it())
-      print(plans[-1], flush=True)
-  if args.json:
-    text = json.dumps([dataclasses.asdict(p) for p in plans], indent=2)
-    pathlib.Path(args.json).write_text(text + "\n")
-  return 0
-
-
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise InputError(message)
-
-
-def _parse(argv):
-  parser = _Parser(
-    prog="xomni plan",
-    description="Compile for TPUs without one; print bytes per device.",
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-  )
-  add = parser.add_argument
-  add("--config", metavar="FILE[:SIZE]", help="default: configs/model.py:7b")
-  add("--target", default="v5e:2x4", help="TPU slice, or cpu:COUNT")
-  add("--program", choices=("decode", "flux", "all"), default="all")
-  add("--batch", type=int, default=64, help="sequences of a decoding step")
-  add("--cache", type=int, default=6000, help="positions of its cache")
-  add("--size", type=int, default=1152, help="side of the painted image, px")
-  add(
-    "--mesh",
-    metavar="data=N,fsdp=N,tensor=N",
-    help="default: what was measured best for each program",
-  )
-  add("--json", metavar="FILE", help="write the plans there too")
-  return parser.parse_args(argv)
-
-
 def open_target(name: str) -> Target:
   """The devices of a TPU slice or of the CPU.
 
@@ -250,109 +173,6 @@ def mesh_of(target: Target, sizes: str) -> Mesh:
       "expected all of them in the mesh"
     )
   return mesh_lib.make_mesh(**parsed, devices=target.devices)
-
-
-def plan_decode(
-  cfg: ARConfig,
-  target: Target,
-  mesh: Mesh | None = None,
-  *,
-  batch: int,
-  cache: int,
-) -> Plan:
-  """One image token for each of `batch` sequences, in bfloat16.
-
-  Args:
-    cfg: of the AR transformer.
-    target, mesh: None: tensor as wide as key/value heads go, the rest data.
-    batch: sequences; guided ones count twice.
-    cache: positions.
-  """
-  if mesh is None:
-    count = len(target.devices)
-    # Wider, and the cache would be whole on every device of a group.
-    tensor = math.gcd(count, cfg.num_key_value_heads)
-    mesh = mesh_lib.make_mesh(
-      data=count // tensor, tensor=tensor, devices=target.devices
-    )
-  how = dict(cfg=cfg, compute=Compute(dtype="bfloat16", scan_layers=True))
-  table, tree = ar.rows(cfg), ar.abstract(cfg)
-  params = place_params(table, tree, mesh)
-  state = jax.eval_shape(
-    partial(sampling.prefill, **how, steps=cache, copies=(1,) * batch),
-    params,
-    jax.ShapeDtypeStruct((batch, 1), jnp.int32),
-    jax.ShapeDtypeStruct((batch, 1), bool),
-    jax.eval_shape(partial(sampling.sequence_keys, 0, batch)),
-  )
-  state = jax.tree.map(partial(place, mesh), state, state.axes())
-  step = partial(sampling.image_step, **how, sampling=sampling.Sampling())
-  return compile_plan(
-    "decode",
-    f"one token, {batch} sequences, cache {cache}, bfloat16",
-    target,
-    mesh,
-    jax.jit(step, donate_argnums=1),
-    (params, state),
-    replicated=params_lib.replicated(table, tree, mesh),
-  )
-
-
-def plan_flux(
-  cfg: FluxConfig,
-  target: Target,
-  mesh: Mesh | None = None,
-  *,
-  grid: tuple[int, int],
-) -> Plan:
-  """One guided Euler step of one image, in bfloat16.
-
-  Args:
-    cfg: of the FLUX transformer.
-    target, mesh: None: the two branches of the guidance over fsdp, heads over
-      tensor as far as they go, the rest data.
-    grid: (rows, columns) of image tokens.
-  """
-  if mesh is None:
-    count = len(target.devices)
-    # On v5e:2x4 the least bytes (2.98 GiB; tensor=8 3.01) and the least time.
-    fsdp = math.gcd(count, 2)
-    tensor = math.gcd(count // fsdp, cfg.num_attention_heads)
-    mesh = mesh_lib.make_mesh(
-      count // fsdp // tensor, fsdp, tensor, devices=target.devices
-    )
-  table, tree = flux.rows(cfg), flux.abstract(cfg)
-
-  def array(dtype, *shape):
-    axes = ("batch", "length", None)[: len(shape)]
-    return place(mesh, jax.ShapeDtypeStruct(shape, dtype), axes)
-
-  tokens = math.prod(grid)
-  args = (
-    place_params(table, tree, mesh),
-    array(jnp.float32, 1, tokens, cfg.in_channels),
-    array(jnp.float32),
-    array(jnp.float32),
-    array(jnp.bfloat16, 2, _TEXT, cfg.joint_attention_dim),
-    array(jnp.bfloat16, 2, cfg.pooled_projection_dim),
-    array(jnp.bfloat16, 1, tokens, cfg.siglip_channels),
-  )
-  step = partial(
-    flow.euler_step,
-    cfg=cfg,
-    compute=Compute(dtype="bfloat16", scan_layers=True),
-    grid=grid,
-    cfg_scale=2.0,  # any but 1, which has no second branch
-  )
-  return compile_plan(
-    "flux",
-    f"one guided step, {grid[0]} x {grid[1]} tokens, bfloat16",
-    target,
-    mesh,
-    jax.jit(step, donate_argnums=1),
-    args,
-    replicated=params_lib.replicated(table, tree, mesh),
-  )
 
 
 def place(mesh: Mesh, x, axes) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,198 @@
+"""Stage `pretrain`: the AR model on packed text and images, in three phases.
+
+  xomni train --config=configs/pretrain.py:tiny --workdir=runs/pretrain \
+    --config.init.model=runs/tokenizer/model
+
+learns to draw signs from the codes of a tokenizer (configs/tokenizer.py) that
+`xomni tokenize-dataset` made: about 6 minutes on 2 CPU cores.
+
+  xomni train --config=configs/pretrain.py:7b --workdir=/mnt/runs/pretrain \
+    --config.init.model=X-Omni --config.init.qwen=Qwen/Qwen2.5-7B
+
+starts from Qwen2.5-7B, for one slice of 256 chips (v5e:16x16 or v6e:16x16);
+weeks. `xomni plan --program=train --config=configs/pretrain.py:7b` says what
+it needs of a chip.
+"""
+
+from ml_collections import ConfigDict
+
+from xomni_jax.config_files import model_sizes
+
+
+def get_config(size: str = "7b") -> ConfigDict:
+  """Sections as in `xomni_jax.train_config.TrainConfig`."""
+  sizes = {"7b": _full, "tiny": _tiny}
+  if size not in sizes:
+    raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
+  return ConfigDict(sizes[size]())
+
+
+# All that Qwen2.5 does not bring: blocks, embedding, norm and head of images.
+_VISION = ("ar/vision_in/", "ar/vision_out/", "ar/mm_")
+
+
+def _source(path, task, weight):
+  return {
+    "path": path,
+    "task": task,
+    "weight": weight,
+    "first": 0,
+    "count": 0,
+  }
+
+
+def _full():
+  data = {
+    # Prompt and codes of an image of 1152 x 1152 px take 5,184 and some.
+    "seq_len": 8192,
+    "window": 4096,
+    "shuffle": True,
+    "prompt_dropout": 0.0,
+    "workers": 8,
+    "max_bad_rate": 0.01,
+    "text_backend": "tensorflow_text",
+  }
+  return {
+    "stage": "pretrain",
+    "seed": 0,
+    "global_batch": 256,  # 2.1M tokens
+    "phases": {
+      # The paper's order; its numbers of steps are not published. First what
+      # is new alone, so that it does not spoil the language model.
+      "1_vision": {
+        "steps": 20_000,
+        "train": _VISION,
+        "warmup_steps": 1000,
+        "decay": "constant",
+      },
+      "2_all": {
+        "steps": 150_000,
+        "train": ("ar/",),
+        # Of a lower rate, as language models are tuned.
+        "lr_scale": 0.3,
+        "warmup_steps": 1000,
+        "decay": "constant",
+      },
+      # On the best data, to zero.
+      "3_anneal": {
+        "steps": 20_000,
+        "train": ("ar/",),
+        "lr_scale": 0.3,
+        "decay": "linear",
+        "data": {
+          **data,
+          "sources": (
+            _source("data/best/codes", "text_to_image", 0.6),
+            _source("data/best/codes", "image_to_text", 0.2),
+            _source("data/best/text", "text", 0.2),
+          ),
+        },
+      },
+    },
+    "data": {
+      **data,
+      "sources": (
+        _source("data/codes", "text_to_image", 0.6),
+        _source("data/codes", "image_to_text", 0.2),
+        _source("data/text", "text", 0.2),
+      ),
+    },
+    "eval_data": {
+      **data,
+      "shuffle": False,
+      "sources": (_source("data/held_out/codes", "text_to_image", 1.0),),
+    },
+    "init": {"model": "", "flux": "", "qwen": "", "tokenizer": ""},
+    "optim": {
+      "lr": 1e-4,
+      "b1": 0.9,
+      "b2": 0.95,
+      "eps": 1e-8,
+      "weight_decay": 0.1,
+      "clip_norm": 1.0,
+      "accumulate": 1,
+      "ema": 0.0,
+    },
+    "checkpoint": {
+      "every": 1000,
+      "keep_last": 2,
+      "keep_every": 20_000,
+      "export": True,
+    },
+    "report": {
+      "log_every": 10,
+      "eval_every": 1000,
+      "eval_batches": 8,
+      "preview_every": 0,
+      "profile": (0, 0),
+    },
+    "compute": {
+      "dtype": "bfloat16",
+      "scan_layers": True,
+      "remat": "full",
+      "attention": "splash",
+      "query_chunk": 512,
+    },
+    # fsdp above 32 makes shards of a width of 3584 that are no multiple of a
+    # tile, and XLA then sums whole weight gradients.
+    "mesh": {"data": -1, "fsdp": 32},
+    "frozen_dtype": "bfloat16",
+    "options": {
+      "text_weight": 1.0,
+      "image_weight": 1.0,
+      "loss_chunk": 1024,  # logits of a row: 0.6 GiB
+      "preview_size": (24, 24),
+    },
+    "architecture": model_sizes("7b"),
+  }
+
+
+def _tiny():
+  """Draws signs of the drawn world."""
+  config = _full()
+  data = {
+    "seq_len": 256,  # four signs and their captions
+    "window": 256,
+    "shuffle": True,
+    "workers": 0,
+    "text_backend": "tokenizers",
+  }
+  mixture = (
+    _source("runs/codes/train", "text_to_image", 0.7),
+    _source("runs/codes/train", "image_to_text", 0.3),
+  )
+  config |= {
+    "global_batch": 8,
+    "phases": {
+      "1_vision": {"steps": 100, "train": _VISION, "warmup_steps": 20},
+      "2_all": {"steps": 700, "train": ("ar/",), "warmup_steps": 20},
+      "3_anneal": {"steps": 200, "train": ("ar/",), "decay": "linear"},
+    },
+    "data": {**data, "sources": mixture},
+    "eval_data": {
+      **data,
+      "shuffle": False,
+      "sources": (_source("runs/codes/held-out", "text_to_image", 1.0),),
+    },
+    "report": {
+      "log_every": 20,
+      "eval_every": 100,
+      "eval_batches": 4,
+      "preview_every": 200,
+      "profile": (0, 0),
+    },
+    "compute": {
+      "dtype": "float32",
+      "scan_layers": False,  # on a CPU unrolled trains 1.7 times as fast
+      "remat": "none",
+      "attention": "chunked",
+      "query_chunk": 1024,
+    },
+    "mesh": {"data": -1},
+    "frozen_dtype": "float32",
+    "architecture": model_sizes("world"),
+  }
+  config["optim"] |= {"lr": 2e-3, "b2": 0.98, "weight_decay": 0.01}
+  config["checkpoint"] |= {"every": 200, "keep_every": 0}
+  config["options"] |= {"loss_chunk": 256, "preview_size": (6, 6)}
+  return config

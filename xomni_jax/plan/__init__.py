@@ -1,0 +1,84 @@
+"""`xomni plan`: compiles for hardware that is not there, and says what fits.
+
+XLA's TPU compiler comes with libtpu and needs no TPU: programs are lowered for
+the devices of a named slice, with abstract arrays that carry the shardings the
+real ones would have, and the compiled program tells its bytes per device.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+import jax
+
+from xomni_jax.config_files import load_architecture
+from xomni_jax.errors import InputError
+from xomni_jax.plan.compiling import LIBTPU, Plan, Target, mesh_of, open_target
+from xomni_jax.plan.inference import plan_decode, plan_flux
+from xomni_jax.plan.training import plan_train  # noqa: F401
+
+__all__ = ["LIBTPU", "Plan", "Target", "main", "mesh_of", "open_target"]
+
+
+def main(argv: list[str]) -> int:
+  """Compiles the programs that are asked for and prints their plans.
+
+  Raises:
+    InputError: bad arguments, no libtpu, or a program that does not fit.
+  """
+  args = _parse(argv)
+  arch = load_architecture(args.config)
+  cell = 2 * arch.vae.factor
+  if min(args.batch, args.cache) < 1 or args.size < cell or args.size % cell:
+    raise InputError(
+      f"batch {args.batch}, cache {args.cache} and size {args.size} px: "
+      f"expected at least 1, 1 and a multiple of {cell}"
+    )
+  grid = (args.size // cell, args.size // cell)
+  target = open_target(args.target)
+  mesh = mesh_of(target, args.mesh) if args.mesh else None
+  programs = {
+    "decode": lambda: plan_decode(
+      arch.ar, target, mesh, batch=args.batch, cache=args.cache
+    ),
+    "flux": lambda: plan_flux(arch.flux, target, mesh, grid=grid),
+  }
+  # Compiled anew whatever a cache holds, so that the seconds are true.
+  jax.config.update("jax_enable_compilation_cache", False)
+  plans = []
+  for name, compile_it in programs.items():
+    if args.program in (name, "all"):
+      plans.append(compile_it())
+      print(plans[-1], flush=True)
+  if args.json:
+    text = json.dumps([dataclasses.asdict(p) for p in plans], indent=2)
+    pathlib.Path(args.json).write_text(text + "\n")
+  return 0
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message):
+    raise InputError(message)
+
+
+def _parse(argv):
+  parser = _Parser(
+    prog="xomni plan",
+    description="Compile for TPUs without one; print bytes per device.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+  add = parser.add_argument
+  add("--config", metavar="FILE[:SIZE]", help="default: configs/model.py:7b")
+  add("--target", default="v5e:2x4", help="TPU slice, or cpu:COUNT")
+  add("--program", choices=("decode", "flux", "all"), default="all")
+  add("--batch", type=int, default=64, help="sequences of a decoding step")
+  add("--cache", type=int, default=6000, help="positions of its cache")
+  add("--size", type=int, default=1152, help="side of the painted image, px")
+  add(
+    "--mesh",
+    metavar="data=N,fsdp=N,tensor=N",
+    help="default: what was measured best for each program",
+  )
+  add("--json", metavar="FILE", help="write the plans there too")
+  return parser.parse_args(argv)

@@ -1,0 +1,89 @@
+"""A stage out of a run's settings: which files it starts from."""
+
+import dataclasses
+import pathlib
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from xomni_jax.config import Architecture
+from xomni_jax.errors import InputError
+from xomni_jax.inference import checkpoint, fresh
+from xomni_jax.train_config import TrainConfig
+from xomni_jax.training import configure
+from xomni_jax.training.stage import Program, Stage
+from xomni_jax.training.stages import ar, decoder, tokenizer, vae
+
+
+def program(
+  cfg: TrainConfig, arch: Architecture, config: ConfigDict
+) -> Program:
+  """The compiled part of a stage alone, from sizes; reads no file."""
+  if cfg.stage == "tokenizer":
+    lm = configure.section(config, "lm", "LMConfig", "config")
+    return tokenizer.program(cfg, arch, lm)
+  if cfg.stage == "vae":
+    return vae.program(cfg, arch)
+  if cfg.stage == "decoder":
+    return decoder.program(cfg, arch)
+  return ar.program(cfg, arch)
+
+
+def stage(
+  cfg: TrainConfig, arch: Architecture, config: ConfigDict, workdir
+) -> Stage:
+  """The stage, with its data and the model folders that it starts from.
+
+  Where the config names no model, one of the config's sizes is made in
+  `<workdir>/start`: random weights, and tokenizers from the drawn world's text.
+
+  Raises:
+    InputError: folders or data do not fit the config.
+  """
+  cfg = _with_start(cfg, arch, config, pathlib.Path(workdir) / "start")
+  opened = checkpoint.open_checkpoint(cfg.init.model)
+  arch = dataclasses.replace(
+    arch, ar=opened.config.ar, siglip=opened.siglip, vq=opened.config.vq
+  )
+  if cfg.stage in ("pretrain", "sft"):
+    return ar.stage(cfg, arch, opened)
+  if cfg.stage == "tokenizer":
+    lm = configure.section(config, "lm", "LMConfig", "config")
+    return tokenizer.stage(cfg, arch, opened, lm)
+  if cfg.stage == "vae":
+    return vae.stage(cfg, arch)
+  return decoder.stage(cfg, arch, opened)
+
+
+def _with_start(cfg, arch, config, folder):
+  """The config with `init.model` and `init.flux` named."""
+  init = cfg.init
+  needs_flux = cfg.stage in ("vae", "decoder")
+  if init.model and (init.flux or not needs_flux):
+    return cfg
+  xomni, flux1 = folder / "xomni", folder / "flux1"
+  if jax.process_index() == 0 and not xomni.exists():
+    fresh.write_fresh(
+      xomni,
+      flux1,
+      arch,
+      jax.random.key(cfg.seed),
+      transform=configure.section(
+        config, "transform", "TransformConfig", "config"
+      ),
+      decoder=configure.section(config, "decoder", "DecoderConfig", "config"),
+    )
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("start")
+  if not xomni.exists():
+    raise InputError(
+      f"{xomni}: made by process 0, but not to be seen here; put --workdir on "
+      "a file system that all processes share"
+    )
+  init = dataclasses.replace(
+    init,
+    model=init.model or str(xomni),
+    flux=init.flux or (str(flux1) if needs_flux else ""),
+  )
+  return dataclasses.replace(cfg, init=init)

@@ -1,0 +1,201 @@
+"""Stages `pretrain` and `sft`: next-token loss over packed sequences.
+
+They differ in their records only: in `pretrain` every token is a target, in
+`sft` the response alone (data/sequences.py).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xomni_jax.checkpoints import released
+from xomni_jax.config import Architecture
+from xomni_jax.data import images, pipeline, protocol, records
+from xomni_jax.inference import checkpoint as checkpoint_lib
+from xomni_jax.inference import fresh, loading, qwen
+from xomni_jax.models import ar
+from xomni_jax.train_config import TrainConfig
+from xomni_jax.training import flops, losses
+from xomni_jax.training.stage import (
+  Batch,
+  Context,
+  Params,
+  Part,
+  Picture,
+  Program,
+  Stage,
+)
+
+_PREVIEWS = 4
+
+
+def program(cfg: TrainConfig, arch: Architecture) -> Program:
+  """The compiled part; nothing is read."""
+  model, options = ar.XOmniAR(arch.ar, cfg.compute), cfg.options
+  rows, length = cfg.global_batch, cfg.data.seq_len
+
+  def weights(batch: Batch):
+    """f32[B, T] twice: of text targets, and of multimodal ones."""
+    image = batch["tokens"] >= arch.ar.vocab_size
+    zero = jnp.zeros_like(batch["weights"])
+    return (
+      jnp.where(image, zero, batch["weights"]),
+      jnp.where(image, batch["weights"], zero),
+    )
+
+  def totals(batch: Batch):
+    text, image = (jnp.sum(w) for w in weights(batch))
+    return {"text": text, "image": image}
+
+  def loss(params: Params, batch: Batch, context: Context):
+    hidden, _ = model.apply(
+      {"params": params["ar"]},
+      batch["tokens"],
+      batch["positions"],
+      batch["segments"] > 0,
+      segments_BT=batch["segments"],
+    )
+    text, image = losses.joint_loss(
+      params["ar"],
+      hidden,
+      batch["tokens"],
+      batch["weights"],
+      arch.ar.vocab_size,
+      options.loss_chunk,
+    )
+    total = context.totals
+    weighted = (
+      options.text_weight * total["text"]
+      + options.image_weight * total["image"]
+    )
+    value = options.text_weight * text.nll + options.image_weight * image.nll
+    share = lambda x, of: x / jnp.maximum(total[of], 1.0)
+    metrics = {
+      "text_loss": share(text.nll, "text"),
+      "image_loss": share(image.nll, "image"),
+      "text_accuracy": share(text.correct, "text"),
+      "image_accuracy": share(image.correct, "image"),
+    }
+    return value / jnp.maximum(weighted, 1e-6), metrics
+
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype)
+  per_row = flops.ar_blocks(arch.ar, length) + flops.head(
+    length, arch.ar.hidden_size, arch.ar.vocab_size + arch.ar.mm_vocab_size
+  )
+  return Program(
+    parts={"ar": Part(ar.rows(arch.ar), ar.abstract(arch.ar))},
+    init=lambda key: {"ar": init(key, arch)},
+    totals=totals,
+    loss=loss,
+    batch={
+      "tokens": array(jnp.int32, length),
+      "segments": array(jnp.int32, length),
+      "positions": array(jnp.int32, length),
+      "weights": array(jnp.float32, length),
+      "id": array(jnp.int32),
+    },
+    tokens=rows * length,
+    flops=3.0 * rows * per_row,
+  )
+
+
+def init(key: jax.Array, arch: Architecture) -> dict[str, Any]:
+  """Random f32 parameters of the AR model."""
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  valid = jnp.ones((1, 2), bool)
+  return ar.XOmniAR(arch.ar).init(key, tokens, tokens, valid)["params"]
+
+
+def stage(
+  cfg: TrainConfig, arch: Architecture, opened: checkpoint_lib.Checkpoint
+) -> Stage:
+  """The stage on the records and the model folder that the config names.
+
+  Args:
+    cfg: of the run.
+    arch: sizes; those of the AR model are the folder's.
+    opened: the model folder: its tokenizer, and what does not train here.
+  """
+  tokenizer = protocol.load_tokenizer(
+    cfg.init.tokenizer or opened.folder,
+    arch.ar.vocab_size,
+    arch.ar.image_vocab_size,
+  )
+  process = (jax.process_index(), jax.process_count())
+
+  def packed(data, seed):
+    return pipeline.packed(
+      data,
+      tokenizer,
+      seed=seed,
+      global_batch=cfg.global_batch,
+      process=process,
+    )
+
+  def load(mesh, dtypes):
+    if "ar" not in dtypes:
+      return {}
+    if cfg.init.qwen:
+      # The rest, all that is X-Omni's own, is drawn at random.
+      source = qwen.open_qwen(cfg.init.qwen)
+      return {"ar": qwen.load_ar(source, arch.ar, mesh, dtypes["ar"])}
+    return {"ar": released.load(opened.parts["ar"], mesh, dtypes["ar"])}
+
+  return Stage(
+    program=program(cfg, arch),
+    # Each phase has an order of its own.
+    batches=lambda i: packed(cfg.phases[i].data or cfg.data, cfg.seed + i),
+    held_out=cfg.eval_data and packed(cfg.eval_data, cfg.seed),
+    load=load,
+    preview=_Preview(cfg, opened) if cfg.report.preview_every else None,
+    export=lambda params, out: fresh.replace_parts(
+      opened, out, {"ar": params["ar"]}
+    ),
+  )
+
+
+class _Preview:
+  """Images for some prompts: painted, or their codes as colours."""
+
+  def __init__(self, cfg: TrainConfig, opened: checkpoint_lib.Checkpoint):
+    self._cfg, self._opened = cfg, opened
+    self._model = None
+
+  def __call__(self, params: Params, step: int) -> list[Picture]:
+    cfg = self._cfg
+    if self._model is None:
+      # At the first picture only: a run without any needs no painter.
+      self._model = loading.load(
+        self._opened.folder,
+        cfg.init.flux or None,
+        cfg.compute.dtype,
+        jax.tree.leaves(params)[0].sharding.mesh,
+      )
+      self._prompts = self._some_prompts()
+    model, (h, w) = self._model, cfg.options.preview_size
+    model.params["ar"] = params["ar"]
+    px = model.pixels_per_token
+    drawn = model.generate(
+      self._prompts, (h * px, w * px), seed=step, decode=bool(cfg.init.flux)
+    )
+    shown = drawn.images or [
+      images.codes_picture(codes, model.config.vq.codebook_size, px)
+      for codes in drawn.codes
+    ]
+    return [
+      Picture(image, prompt)
+      for image, prompt in zip(shown, self._prompts, strict=True)
+    ]
+
+  def _some_prompts(self) -> list[str]:
+    """Of the first records that have one."""
+    data = self._cfg.eval_data or self._cfg.data
+    found = []
+    for source_cfg in data.sources:
+      if source_cfg.task in ("generate", "text_to_image"):
+        source = records.open_source(source_cfg)
+        for i in range(min(_PREVIEWS, len(source))):
+          record = source[i]
+          found.append(record.get("prompt") or record["text"])
+    return found[:_PREVIEWS]
