@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 
-from xomni_jax.errors import InputError
+from xomni_jax.errors import InputError, RunError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,7 +23,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs one verb; returns the exit status: 0, 2 for bad input, 130 for ^C."""
+  """Runs one verb; returns the exit status.
+
+  0, 1 for a run that can't go on, 2 for bad input, 130 for ^C, 143 for a
+  training run that was told to stop and has saved its state.
+  """
   argv = sys.argv[1:] if argv is None else argv
   _use_compile_cache()
   args, rest = _parser().parse_known_args(argv)
@@ -36,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
   except InputError as e:
     print(f"xomni {args.verb}: error: {e}", file=sys.stderr)
     return 2
+  except RunError as e:
+    print(f"xomni {args.verb}: {e}", file=sys.stderr)
+    return 1
   except KeyboardInterrupt:
     print(f"xomni {args.verb}: interrupted", file=sys.stderr)
     return 130
@@ -86,17 +93,27 @@ def _parser():
   _export_flags(
     verb("export", export, "Write a model in the released PyTorch layout.")
   )
-  for name, text in (
-    ("demo", "Run every part on a tiny model and write an HTML page."),
-    ("plan", "Compile for TPUs without one; print bytes per device."),
-    ("bench", "Time prefill, decoding and denoising against PyTorch."),
+  for name, module, text in (
+    ("train", "training.command", "Train a stage from a config."),
+    (
+      "tokenize-dataset",
+      "inference.tokenize_dataset",
+      "Turn a data set's images into code records.",
+    ),
+    ("demo", "demo", "Run every part on a tiny model and write an HTML page."),
+    ("plan", "plan", "Compile for TPUs without one; print bytes per device."),
+    (
+      "bench",
+      "bench",
+      "Time prefill, decoding, denoising and training against PyTorch.",
+    ),
   ):
-    verb(name, _module(name), text, passes_rest=True)
+    verb(name, _module(module), text, passes_rest=True)
   return parser
 
 
 def _module(name):
-  """`xomni_jax.<name>.main`, imported when it runs."""
+  """`xomni_jax.NAME.main`, imported when it runs."""
 
   def run(rest):
     import importlib

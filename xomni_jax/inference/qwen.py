@@ -95,6 +95,34 @@ def lm_config(config: Mapping[str, Any], where: str) -> LMConfig:
   )
 
 
+def check_same(qwen: Qwen, cfg: LMConfig) -> None:
+  """Raises InputError where a language model's config is not the folder's."""
+  theirs = dataclasses.asdict(qwen.config)
+  ours = dataclasses.asdict(cfg)
+  _check_sizes(
+    qwen.folder,
+    "lm",
+    {
+      name: (ours[name], theirs[name])
+      for name in theirs
+      if name != "max_position_embeddings"
+    },
+  )
+
+
+def _check_sizes(folder, what, pairs):
+  wrong = [
+    f"{name} {have} (the checkpoint has {got})"
+    for name, (have, got) in pairs.items()
+    if have != got
+  ]
+  if wrong:
+    raise InputError(
+      f"{folder}: {what} of the config has {', '.join(wrong)}; expected them "
+      "equal, change the config or name another Qwen2.5"
+    )
+
+
 def ar_part(qwen: Qwen, cfg: ARConfig) -> Part:
   """What an AR model takes from a Qwen2.5 checkpoint, to be loaded.
 
@@ -110,16 +138,7 @@ def ar_part(qwen: Qwen, cfg: ARConfig) -> Part:
     if f.name not in ("tie_word_embeddings", "max_position_embeddings")
   }
   pairs["num_hidden_layers"] = cfg.num_lm_layers, theirs.num_hidden_layers
-  wrong = [
-    f"{name} {have} (the checkpoint has {got})"
-    for name, (have, got) in pairs.items()
-    if have != got
-  ]
-  if wrong:
-    raise InputError(
-      f"{qwen.folder}: the model's language stack has {', '.join(wrong)}; "
-      "expected them equal, change the model's config or name another Qwen2.5"
-    )
+  _check_sizes(qwen.folder, "the language stack", pairs)
   table = [
     *(
       dataclasses.replace(row, first=0)
@@ -136,8 +155,8 @@ def ar_part(qwen: Qwen, cfg: ARConfig) -> Part:
   if not theirs.tie_word_embeddings:
     table.append(Row("lm_head", "lm_head.weight", "vocab embed -> vocab embed"))
   whole = ar.abstract(cfg)
-  tree = {row.path.split("/")[0]: None for row in table}
-  tree = {name: whole[name] for name in tree}
+  names = {row.path.split("/")[0] for row in table}
+  tree = {name: x for name, x in whole.items() if name in names}
   return Part("language model", table, tree, qwen.files, qwen.ignore)
 
 

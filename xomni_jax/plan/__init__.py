@@ -16,7 +16,6 @@ from xomni_jax.config_files import load_architecture
 from xomni_jax.errors import InputError
 from xomni_jax.plan.compiling import LIBTPU, Plan, Target, mesh_of, open_target
 from xomni_jax.plan.inference import plan_decode, plan_flux
-from xomni_jax.plan.training import plan_train  # noqa: F401
 
 __all__ = ["LIBTPU", "Plan", "Target", "main", "mesh_of", "open_target"]
 
@@ -28,6 +27,37 @@ def main(argv: list[str]) -> int:
     InputError: bad arguments, no libtpu, or a program that does not fit.
   """
   args = _parse(argv)
+  programs = _train(args) if args.program == "train" else _inference(args)
+  # Compiled anew whatever a cache holds, so that the seconds are true.
+  jax.config.update("jax_enable_compilation_cache", False)
+  plans = []
+  for compile_it in programs:
+    plans.append(compile_it())
+    print(plans[-1], flush=True)
+  if args.json:
+    text = json.dumps([dataclasses.asdict(p) for p in plans], indent=2)
+    pathlib.Path(args.json).write_text(text + "\n")
+  return 0
+
+
+def _train(args):
+  """A training step, of a config that names a stage."""
+  # Here, since it brings all of training along.
+  from xomni_jax.plan.training import plan_train
+  from xomni_jax.training import configure
+
+  if args.config is None:
+    raise InputError(
+      "--program train needs --config, such as configs/pretrain.py:7b"
+    )
+  config = configure.read(args.config)
+  target = open_target(args.target)
+  mesh = mesh_of(target, args.mesh) if args.mesh else None
+  return [lambda: plan_train(config, target, mesh)]
+
+
+def _inference(args):
+  """The programs of inference, of a config that has the sizes of a model."""
   arch = load_architecture(args.config)
   cell = 2 * arch.vae.factor
   if min(args.batch, args.cache) < 1 or args.size < cell or args.size % cell:
@@ -44,17 +74,9 @@ def main(argv: list[str]) -> int:
     ),
     "flux": lambda: plan_flux(arch.flux, target, mesh, grid=grid),
   }
-  # Compiled anew whatever a cache holds, so that the seconds are true.
-  jax.config.update("jax_enable_compilation_cache", False)
-  plans = []
-  for name, compile_it in programs.items():
-    if args.program in (name, "all"):
-      plans.append(compile_it())
-      print(plans[-1], flush=True)
-  if args.json:
-    text = json.dumps([dataclasses.asdict(p) for p in plans], indent=2)
-    pathlib.Path(args.json).write_text(text + "\n")
-  return 0
+  return [
+    run for name, run in programs.items() if args.program in (name, "all")
+  ]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,7 +93,7 @@ def _parse(argv):
   add = parser.add_argument
   add("--config", metavar="FILE[:SIZE]", help="default: configs/model.py:7b")
   add("--target", default="v5e:2x4", help="TPU slice, or cpu:COUNT")
-  add("--program", choices=("decode", "flux", "all"), default="all")
+  add("--program", choices=("decode", "flux", "all", "train"), default="all")
   add("--batch", type=int, default=64, help="sequences of a decoding step")
   add("--cache", type=int, default=6000, help="positions of its cache")
   add("--size", type=int, default=1152, help="side of the painted image, px")

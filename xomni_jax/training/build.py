@@ -62,6 +62,12 @@ def _with_start(cfg, arch, config, folder):
   needs_flux = cfg.stage in ("vae", "decoder")
   if init.model and (init.flux or not needs_flux):
     return cfg
+  if "transform" not in config:
+    raise InputError(
+      f"config: init.model names no model, and stage {cfg.stage} starts from "
+      "one; give --config.init.model=FOLDER, such as what stage tokenizer "
+      "left in its WORKDIR/model"
+    )
   xomni, flux1 = folder / "xomni", folder / "flux1"
   if jax.process_index() == 0 and not xomni.exists():
     fresh.write_fresh(

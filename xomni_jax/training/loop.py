@@ -57,9 +57,7 @@ def train(
     RunError: the loss is no longer finite.
   """
   workdir = pathlib.Path(workdir)
-  mesh = mesh_lib.make_mesh(
-    **mesh_lib.fill(dict(cfg.mesh), jax.device_count())
-  )
+  mesh = mesh_lib.make_mesh(**mesh_lib.fill(dict(cfg.mesh), jax.device_count()))
   step_lib.check_batch(cfg, mesh)
   layout = make_layout(stage.program.parts, cfg.phases, mesh, cfg.frozen_dtype)
   folder = workdir / "checkpoints"
@@ -76,7 +74,10 @@ def train(
       run = _Run(cfg, stage, layout, runs, log, workdir, settings)
       return run.go(preemption)
   finally:
-    log.close()
+    try:
+      runs.close()  # a checkpoint on its way is worth waiting for
+    finally:
+      log.close()
 
 
 class _Run:
@@ -120,9 +121,8 @@ class _Run:
           f"stopped at step {self.step} of {self.cfg.steps}, saved; start "
           f"again to go on (exit status {EXIT_PREEMPTED})"
         )
-        self.runs.close()
         return EXIT_PREEMPTED
-    self.runs.close()
+    self.runs.wait()
     self._export()
     self.log.line(f"done: {self.cfg.steps} steps")
     return 0
@@ -283,8 +283,10 @@ class _Run:
     """The model as files for people, from the average where there is one."""
     if self.stage.export is None or not self.cfg.checkpoint.export:
       return
-    params = {**self.state["params"], **self.state["ema"]}
     where = self.workdir / "model"
+    if where.exists():  # written whole or not at all
+      return
+    params = {**self.state["params"], **self.state["ema"]}
     self.stage.export(nest({**params, **self.frozen}), where)
     self.log.line(f"model written to {where}")
 
