@@ -113,6 +113,13 @@ def test_qwen_writes_image_sizes_digit_by_digit(qwen):
   )
 
 
+def test_qwen_never_joins_digits(tmp_path):
+  build_qwen(["2024 year 2024"] * 9, tmp_path, 300, 4, 10)
+  tokenizer = protocol.load_tokenizer(tmp_path, 300, 4)
+  ids = tokenizer.encode("2024 year")
+  assert [tokenizer.decode([i]) for i in ids] == [*"2024", " year"]
+
+
 def test_qwen_has_qwens_chat_template(qwen):
   theirs = protocol.load_tokenizer(GOLDEN / "xomni", 448, 64)
   ours = qwen.chat_prompt("Which colour?")
@@ -176,6 +183,12 @@ def test_clip_ends_are_the_last_ids(folder):
   ids = encoder_ids.load_clip_tokenizer(folder / "clip")(["sign", ""])
   assert ids.shape == (2, 77) and ids.max() == 639
   assert list(ids[1, :2]) == [638, 639] and (ids[:, -1] == 639).all()
+
+
+def test_clip_ends_are_the_last_ids_though_merges_run_out(lines, tmp_path):
+  build_clip(lines, tmp_path, 2000)
+  ids = encoder_ids.load_clip_tokenizer(tmp_path)(["sign"])[0]
+  assert ids[0] == 1998 and ids[-1] == ids.max() == 1999 and ids[1] < 1000
 
 
 def test_clip_ids_spell_the_text(folder, prompts):
