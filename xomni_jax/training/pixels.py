@@ -1,0 +1,22 @@
+"""Pixels of a batch, u8 on the way to the device and floats there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Bit for bit what `data.images.preprocess` computes, which XLA's own division
+# is not on every backend.
+_TABLE = (
+  np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)
+) / np.float32(0.5)
+
+
+def to_float(pixels: jax.Array) -> jax.Array:
+  """u8 in [0, 255] -> f32 in [-1, 1], of any shape."""
+  return jnp.asarray(_TABLE)[pixels.astype(jnp.int32)]
+
+
+def to_bytes(image: jax.Array) -> jax.Array:
+  """f32 about [-1, 1] -> u8, clipped and rounded as inference does."""
+  image = jnp.clip(image / 2 + 0.5, 0, 1)
+  return jnp.round(image * 255).astype(jnp.uint8)
