@@ -1,0 +1,98 @@
+"""`xomni train`: from a command line to a run."""
+
+import argparse
+import pathlib
+
+import jax
+
+from xomni_jax.errors import InputError
+from xomni_jax.training import build, configure, loop
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message):
+    raise InputError(message)
+
+
+def main(argv: list[str]) -> int:
+  """Trains what a config says.
+
+  Returns:
+    exit status: 0 when the run is done, 143 when it was stopped and saved.
+  Raises:
+    InputError: bad arguments, config, data or checkpoints.
+    RunError: the loss is no longer finite.
+  """
+  args, changes = _parse(argv)
+  connect(args.distributed)
+  config = configure.read(args.config)
+  configure.override(config, changes)
+  cfg, arch = configure.parse(config, f"config {args.config}")
+  stage = build.stage(cfg, arch, config, args.workdir)
+  return loop.train(
+    cfg,
+    stage,
+    args.workdir,
+    settings=config.to_dict(),
+    resume=args.resume,
+    allow_config_change=args.allow_config_change,
+  )
+
+
+def _parse(argv):
+  parser = _Parser(
+    prog="xomni train",
+    description="Train a stage. Settings of the config are changed by "
+    "--config.SECTION.NAME=VALUE.",
+  )
+  add = parser.add_argument
+  add("--config", required=True, metavar="FILE[:SIZE]")
+  add("--workdir", required=True, metavar="DIR", type=pathlib.Path)
+  add(
+    "--resume",
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help="go on from the newest good checkpoint (the default)",
+  )
+  add(
+    "--allow-config-change",
+    action="store_true",
+    help="go on though the config is another than the run began with",
+  )
+  add(
+    "--distributed",
+    metavar="auto|HOST:PORT,COUNT,INDEX",
+    help="one of several processes: as TPU pods, GKE or Slurm tell it, or by "
+    "the address of process 0, their number and this one's",
+  )
+  # Before argparse, which would read --config.x as an abbreviation.
+  mark = "--config."
+  changes = [a.removeprefix(mark) for a in argv if a.startswith(mark)]
+  rest = [a for a in argv if not a.startswith(mark)]
+  return parser.parse_args(rest), changes
+
+
+def connect(how: str | None) -> None:
+  """Joins the processes of a run; None: there is one alone.
+
+  Raises:
+    InputError: `how` is neither "auto" nor "HOST:PORT,COUNT,INDEX".
+  """
+  if how is None:
+    return
+  # Of CPU processes; elsewhere it is not looked at.
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  if how == "auto":
+    jax.distributed.initialize()
+    return
+  address, _, rest = how.partition(",")
+  numbers = rest.split(",")
+  if ":" not in address or not all(n.isdigit() for n in numbers) or (
+    len(numbers) != 2
+  ):  # fmt: skip
+    raise InputError(
+      f"--distributed {how!r}: expected auto or HOST:PORT,COUNT,INDEX, such as "
+      "10.0.0.2:1234,4,0"
+    )
+  count, index = map(int, numbers)
+  jax.distributed.initialize(address, count, index)
