@@ -1,0 +1,248 @@
+"""Stage `tokenizer`: SigLIP-VQ, trained by a language model that reads it.
+
+  xomni train --config=configs/tokenizer.py:tiny --workdir=runs/tokenizer
+
+draws its data and starts from random weights: about 8 minutes on 2 CPU cores.
+
+  xomni train --config=configs/tokenizer.py:7b --workdir=gs://bucket/tokenizer \
+    --config.init.model=X-Omni --config.init.qwen=Qwen/Qwen2.5-1.5B
+
+is for one v5e:16x16 slice: about two days.
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+
+def get_config(size: str = "7b") -> ConfigDict:
+  """Sections as in `xomni_jax.train_config.TrainConfig`."""
+  sizes = {"7b": _full, "tiny": _tiny}
+  if size not in sizes:
+    raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
+  return ConfigDict(sizes[size]())
+
+
+def _model(size):
+  """Sections of configs/model.py."""
+  path = pathlib.Path(__file__).with_name("model.py")
+  found = importlib.util.spec_from_file_location("model", path)
+  module = importlib.util.module_from_spec(found)
+  found.loader.exec_module(module)
+  return module.get_config(size).to_dict()
+
+
+def _full():
+  data = {
+    "seq_len": 0,
+    "window": 8192,  # records that are sorted into aspect buckets together
+    "workers": 8,
+    "text_backend": "tensorflow_text",
+  }
+  source = {"task": "image", "first": 0, "count": 0}
+  return {
+    "stage": "tokenizer",
+    "seed": 0,
+    "global_batch": 512,
+    "phases": {
+      # The paper freezes the ViT; the language model learns with the codes.
+      "1_all": {
+        "steps": 100_000,
+        "train": ("vq/", "lm/"),
+        "warmup_steps": 1000,
+        "decay": "cosine",
+        "end_scale": 0.1,
+      },
+    },
+    "data": {
+      **data,
+      "shuffle": True,
+      "sources": (
+        # Captions, text in images, and questions; the weights are a guess.
+        {**source, "path": "data/captions", "weight": 2.0},
+        {**source, "path": "data/ocr", "weight": 1.0},
+        {**source, "path": "data/questions", "weight": 1.0},
+      ),
+    },
+    "eval_data": {
+      **data,
+      "shuffle": False,
+      "sources": ({**source, "path": "data/held_out", "weight": 1.0},),
+    },
+    "init": {"model": "", "flux": "", "qwen": "", "tokenizer": ""},
+    "optim": {
+      "lr": 1e-4,
+      "b1": 0.9,
+      "b2": 0.95,
+      "weight_decay": 0.0,
+      "clip_norm": 1.0,
+      "accumulate": 1,
+      "ema": 0.0,
+    },
+    "checkpoint": {
+      "every": 1000,
+      "keep_last": 2,
+      "keep_every": 20_000,
+      "export": True,
+    },
+    "report": {
+      "log_every": 20,
+      "eval_every": 1000,
+      "eval_batches": 8,
+      "preview_every": 2000,
+    },
+    "compute": {
+      "dtype": "bfloat16",
+      "scan_layers": True,
+      "remat": "full",
+      # Splash knows no keys that all questions share.
+      "attention": "chunked",
+      "query_chunk": 512,
+    },
+    # fsdp above 32 turns shards into no multiple of a tile.
+    "mesh": {"data": 16, "fsdp": 16},
+    "frozen_dtype": "bfloat16",
+    "options": {
+      # 0.3 megapixels in five shapes, each side a multiple of 2 tokens.
+      "grids": ((32, 32), (28, 36), (36, 28), (24, 42), (42, 24)),
+      "text_len": 256,
+      # The released class's 2 makes the softmax over 16,384 unit vectors flat:
+      # squared distances span 4. Chosen at the tiny size.
+      "temperature": 0.05,
+      "entropy": 0.05,
+      "commitment": 0.25,  # the released class's
+      "skip": 0.1,  # of the paper
+      # The projection is new: the language model reads it before it is cut up.
+      "quantise_from": 2000,
+      "kmeans": 10,
+      "kmeans_batches": 2,  # 2 x 512 x 1008 features, of which 8 a code count
+      "revive_every": 1000,
+      "revive_until": 80_000,
+      "dead_below": 0.03,
+      "features": 0.0,
+      "pixels": 0.0,
+      "loss_chunk": 64,  # logits of 8 rows a device: 0.3 GiB
+    },
+    "architecture": _model("7b"),
+    "lm": {  # Qwen2.5-1.5B, whose width is the ViT's
+      "vocab_size": 151936,
+      "hidden_size": 1536,
+      "intermediate_size": 8960,
+      "num_hidden_layers": 28,
+      "num_attention_heads": 12,
+      "num_key_value_heads": 2,
+      "rope_theta": 1000000.0,
+      "rms_norm_eps": 1e-6,
+      "max_position_embeddings": 32768,
+      "tie_word_embeddings": True,
+    },
+    "transform": {  # the released model's
+      "short_size": 384,
+      "long_size": 1152,
+      "patch_size": 16,
+      "min_short_size": 128,
+      "max_aspect_ratio": 3.0,
+      "filtering": False,
+    },
+    "decoder": {
+      "upscale_factor": 16,
+      "num_inference_steps": 28,
+      "cfg_scale": 1.0,
+    },
+  }
+
+
+def _tiny():
+  """Reads signs of the drawn world."""
+  config = _full()
+  model = _model("world")
+  data = {
+    "seq_len": 0,
+    "window": 1024,
+    "workers": 0,
+    "text_backend": "tokenizers",
+  }
+  source = {"task": "image", "weight": 1.0, "first": 0, "count": 0}
+  config |= {
+    "global_batch": 16,
+    "phases": {
+      "1_all": {
+        "steps": 1500,
+        # The ViT is random: unlike a released one it has all to learn.
+        "train": ("siglip/", "vq/", "lm/", "readout/"),
+        "warmup_steps": 50,
+        "decay": "cosine",
+        "end_scale": 0.05,
+      },
+    },
+    "data": {
+      **data,
+      "shuffle": True,
+      "sources": ({**source, "path": "world:signs"},),
+    },
+    "eval_data": {
+      **data,
+      "shuffle": False,
+      # Words that no training sign shows.
+      "sources": ({**source, "path": "world:signs:held-out"},),
+    },
+    "checkpoint": {
+      "every": 500,
+      "keep_last": 2,
+      "keep_every": 0,
+      "export": True,
+    },
+    "report": {
+      "log_every": 20,
+      "eval_every": 250,
+      "eval_batches": 8,
+      "preview_every": 500,
+    },
+    "compute": {
+      "dtype": "float32",
+      "scan_layers": False,
+      "remat": "none",
+      "attention": "chunked",
+      "query_chunk": 1024,
+    },
+    "mesh": {"data": 1},
+    "frozen_dtype": "float32",
+    "architecture": model,
+    "lm": {
+      "vocab_size": model["ar"]["vocab_size"],
+      "hidden_size": model["vq"]["z_channels"],
+      "intermediate_size": 352,
+      "num_hidden_layers": 2,
+      "num_attention_heads": 4,
+      "num_key_value_heads": 2,
+      "rope_theta": 10000.0,
+      "rms_norm_eps": 1e-6,
+      "max_position_embeddings": 4096,
+      "tie_word_embeddings": True,
+    },
+    "transform": {
+      "short_size": 96,
+      "long_size": 96,
+      "patch_size": 16,
+      "min_short_size": 32,
+      "max_aspect_ratio": 3.0,
+      "filtering": False,
+    },
+  }
+  config["optim"] |= {"lr": 3e-3, "b2": 0.98, "weight_decay": 0.01}
+  config["options"] |= {
+    "grids": ((6, 6),),
+    "text_len": 128,  # about five questions
+    "temperature": 0.05,
+    "entropy": 0.05,
+    "quantise_from": 500,
+    "kmeans_batches": 16,
+    "revive_every": 100,
+    "revive_until": 1300,
+    "dead_below": 0.05,
+    # What a patch looks like is learned in a minute so, in place of ten.
+    "pixels": 1.0,
+    "loss_chunk": 128,
+  }
+  return config
