@@ -10,7 +10,13 @@ import types
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
 from xomni_jax.errors import InputError
 
@@ -214,7 +220,8 @@ def run_split(function, args, axes, out_axes, kernel=None):
   ]
   if kernel is not None:
     pair = PartitionSpec(*specs[0][1:])
-    specs[0] = kernel(NamedSharding(mesh, pair))
+    plain = AbstractMesh(tuple(sizes.shape.values()), tuple(sizes.shape))
+    specs[0] = kernel(NamedSharding(plain, pair))
   out = spec(out_axes, [length.get(n, 1) for n in out_axes], sizes)
   return jax.shard_map(
     function,

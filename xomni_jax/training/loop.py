@@ -5,14 +5,11 @@ batch, its randomness, its phase. So the state of a run is the arrays of
 `step.State` and nothing else, and a killed run goes on as if it had not been.
 """
 
-import dataclasses
 import pathlib
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from xomni_jax import mesh as mesh_lib
@@ -21,9 +18,10 @@ from xomni_jax.data.pipeline import BadRecords
 from xomni_jax.errors import InputError, RunError
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import log as log_lib
-from xomni_jax.training import peaks, pictures
+from xomni_jax.training import pictures, start
 from xomni_jax.training import step as step_lib
-from xomni_jax.training.layout import Layout, flatten, make_layout, nest
+from xomni_jax.training.layout import flatten, make_layout, nest
+from xomni_jax.training.meter import Meter
 from xomni_jax.training.preemption import EXIT_PREEMPTED, Preemption
 from xomni_jax.training.stage import Stage
 
@@ -90,7 +88,7 @@ class _Run:
     self.init_key = jax.random.fold_in(key, _INIT)
     self.step_key = jax.random.fold_in(key, _STEPS)
     self.held_out_key = jax.random.fold_in(key, _HELD_OUT)
-    self.state, self.frozen = begin(
+    self.state, self.frozen = start.begin(
       cfg, stage, layout, self.init_key, runs.restore
     )
     self.step = int(self.state["step"])
@@ -109,7 +107,7 @@ class _Run:
       log.line(f"resumed at step {self.step} of {cfg.steps}")
     self.bad = BadRecords(cfg.data.max_bad_rate, log.line)
     self.pending: dict[str, Any] | None = None
-    self.meter = _Meter(cfg, stage, layout)
+    self.meter = Meter(cfg, stage, layout, self.step)
     self.evaluate = step_lib.eval_step(cfg, stage.program, layout)
 
   def go(self, preemption: Preemption) -> int:
@@ -289,123 +287,3 @@ class _Run:
     params = {**self.state["params"], **self.state["ema"]}
     self.stage.export(nest({**params, **self.frozen}), where)
     self.log.line(f"model written to {where}")
-
-
-def begin(cfg: TrainConfig, stage: Stage, layout: Layout, key, restore):
-  """(state, frozen): from a checkpoint, from files, or from nothing.
-
-  Args:
-    restore: abstract state -> (step, state), or None if there is none.
-  """
-  program = stage.program
-  shapes = {
-    path: jax.ShapeDtypeStruct(layout.shapes[path], jnp.float32)
-    for path in layout.trained
-  }
-  start = lambda params: step_lib.init_state(cfg, program, layout, params)
-  abstract = jax.eval_shape(start, shapes)
-  shardings = step_lib.state_shardings(abstract, layout)
-  restored = restore(
-    jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      abstract,
-      shardings,
-    )
-  )
-  needed = layout.frozen if restored else [*layout.frozen, *layout.trained]
-  params = first_params(stage, layout, key, needed)
-  frozen = {path: params[path] for path in layout.frozen}
-  if restored:
-    return restored[1], frozen
-  # Copied: files may have been placed without a copy, and steps are donated.
-  state = jax.jit(start, out_shardings=shardings)(
-    {path: params[path] for path in layout.trained}
-  )
-  return state, frozen
-
-
-def first_params(stage: Stage, layout: Layout, key, paths):
-  """Flat parameters before step 0: loaded where there are files, else drawn."""
-  trained = set(layout.trained)
-  parts = {path.split("/")[0] for path in paths}
-  kinds = {
-    part: "float32"
-    if any(path.startswith(f"{part}/") for path in trained)
-    else layout.frozen_dtype
-    for part in parts
-  }
-  found = flatten(stage.load(layout.mesh, kinds))
-  missing = [path for path in paths if path not in found]
-  drawn = {}
-  if missing:
-    draw = jax.jit(
-      lambda key: {
-        path: x
-        for path, x in flatten(stage.program.init(key)).items()
-        if path in missing
-      },
-      out_shardings={path: layout.sharding(path) for path in missing},
-    )
-    drawn = draw(key)
-  return {
-    path: (drawn[path] if path in drawn else found[path]).astype(
-      layout.dtype(path)
-    )
-    for path in paths
-  }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Speed:
-  seconds: float
-  wait: float
-  scalars: dict[str, float]
-
-
-class _Meter:
-  """How long steps take; pauses (evaluation, pictures) do not count."""
-
-  def __init__(self, cfg, stage, layout):
-    self._tokens = stage.program.tokens
-    device = layout.mesh.devices.flat[0]
-    self.peak = cfg.report.peak_flops or peaks.flops(device.device_kind) or 0.0
-    self._start, self._step, self._wait = time.perf_counter(), None, 0.0
-
-  def waiting(self):
-    return _Clock(lambda seconds: self._add(wait=seconds))
-
-  def paused(self):
-    return _Clock(lambda seconds: self._add(pause=seconds))
-
-  def _add(self, wait=0.0, pause=0.0):
-    self._wait += wait
-    self._start += pause
-
-  def read(self, step: int) -> _Speed:
-    """Since the last reading."""
-    now = time.perf_counter()
-    spent = max(now - self._start, 1e-9)
-    steps = max(step - self._step, 1) if self._step is not None else 1
-    wait = min(self._wait / spent, 1.0)
-    self._start, self._step, self._wait = now, step, 0.0
-    seconds = spent / steps
-    return _Speed(
-      seconds,
-      wait,
-      {
-        "time/step_seconds": seconds,
-        "time/data_wait": wait,
-        "time/tokens_per_second": self._tokens / seconds,
-      },
-    )
-
-
-class _Clock:
-  def __init__(self, done):
-    self._done = done
-
-  def __enter__(self):
-    self._start = time.perf_counter()
-
-  def __exit__(self, *exception):
-    self._done(time.perf_counter() - self._start)
