@@ -20,18 +20,24 @@ GUIDANCE = 1.0  # X-Omni decodes with the distilled guidance switched off
 def sigmas(cfg: SchedulerConfig, tokens: int, steps: int) -> np.ndarray:
   """Noise levels f32[steps + 1], falling from near 1 to 0.
 
-  The shift exp(mu) grows with the number of image tokens, linearly in mu and
-  beyond the configured range too. Source: FlowMatchEulerDiscreteScheduler of
-  diffusers with dynamic shifting.
+  Source: FlowMatchEulerDiscreteScheduler of diffusers with dynamic shifting.
+  """
+  levels = np.linspace(1.0, 1.0 / steps, steps, dtype=np.float32)
+  by = shift(cfg, tokens)
+  levels = by / (by + (1 / levels - 1))
+  return np.append(levels, 0).astype(np.float32)
+
+
+def shift(cfg: SchedulerConfig, tokens: int) -> float:
+  """How far noise levels of an image of `tokens` image tokens are moved up.
+
+  It is exp(mu), where mu grows linearly with the number of tokens, beyond the
+  configured range too. A level s becomes shift / (shift + 1 / s - 1).
   """
   slope = (cfg.max_shift - cfg.base_shift) / (
     cfg.max_image_seq_len - cfg.base_image_seq_len
   )
-  mu = cfg.base_shift + slope * (tokens - cfg.base_image_seq_len)
-  levels = np.linspace(1.0, 1.0 / steps, steps, dtype=np.float32)
-  shift = math.exp(mu)
-  levels = shift / (shift + (1 / levels - 1))
-  return np.append(levels, 0).astype(np.float32)
+  return math.exp(cfg.base_shift + slope * (tokens - cfg.base_image_seq_len))
 
 
 @jax.jit

@@ -28,10 +28,31 @@ def random_params(
 
   A part's parameters do not depend on which others are drawn.
   """
+  inits, keys = _initialisers(arch), _keys(key)
+  return {
+    part: jax.jit(inits[part], compiler_options=_QUICK)(keys[part])["params"]
+    for part in parts
+  }
+
+
+def draw(
+  arch: Architecture, key: jax.Array, parts: Sequence[str] = PARTS
+) -> dict[str, Any]:
+  """`random_params`, to be called inside `jit`."""
+  inits, keys = _initialisers(arch), _keys(key)
+  return {part: inits[part](keys[part])["params"] for part in parts}
+
+
+def _keys(key):
+  return dict(zip(PARTS, jax.random.split(key, len(PARTS)), strict=True))
+
+
+def _initialisers(arch):
+  """{part: key -> {"params": tree}}."""
   ids = jnp.zeros((1, 1), jnp.int32)
   patch = jnp.zeros((1, arch.siglip.patch, arch.siglip.patch, 3))
   cell = jnp.zeros((1, 1, 1, arch.vq.z_channels))
-  draw = {
+  return {
     "ar": lambda key: ar.XOmniAR(arch.ar).init(key, ids, ids, ids == 0),
     "siglip": lambda key: siglip.Siglip(arch.siglip).init(key, patch),
     "vq": lambda key: vq.VQ(arch.vq).init(key, cell),
@@ -39,11 +60,6 @@ def random_params(
     "vae": lambda key: {"params": vae.init(key, arch.vae)},
     "clip": lambda key: text_encoders.CLIPText(arch.clip).init(key, ids),
     "t5": lambda key: text_encoders.T5Encoder(arch.t5).init(key, ids),
-  }
-  keys = dict(zip(PARTS, jax.random.split(key, len(PARTS)), strict=True))
-  return {
-    part: jax.jit(draw[part], compiler_options=_QUICK)(keys[part])["params"]
-    for part in parts
   }
 
 

@@ -2,18 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-# Bit for bit what `data.images.preprocess` computes, which XLA's own division
-# is not on every backend.
-_TABLE = (
-  np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)
-) / np.float32(0.5)
+from xomni_jax.data.images import LEVELS
 
 
 def to_float(pixels: jax.Array) -> jax.Array:
-  """u8 in [0, 255] -> f32 in [-1, 1], of any shape."""
-  return jnp.asarray(_TABLE)[pixels.astype(jnp.int32)]
+  """u8 in [0, 255] -> f32 in [-1, 1] as `data.images.preprocess` has it."""
+  return jnp.asarray(LEVELS)[pixels.astype(jnp.int32)]
 
 
 def to_bytes(image: jax.Array) -> jax.Array:
