@@ -31,7 +31,7 @@ from xomni_jax.training.stage import (
   Program,
   row_keys,
 )
-from xomni_jax.training.stages import vae as vae_stage
+from xomni_jax.training.stages import vae_program
 
 PARTS = ("flux", "vq", "siglip", "vae", "clip", "t5")
 
@@ -188,7 +188,7 @@ def encode(
 ) -> jax.Array:
   """Packed latents f32[B, L, C] of f32[B, H, W, 3], drawn by keys [B]."""
   mean, logvar = vae.encode(vae_params, image, arch.vae, cfg.compute)
-  latents = vae.to_model_space(vae_stage.sample(mean, logvar, keys), arch.vae)
+  latents = vae.to_model_space(vae_program.sample(mean, logvar, keys), arch.vae)
   packed = flow.pack(jnp.moveaxis(latents, -1, 1))
   return jax.lax.stop_gradient(packed)
 

@@ -1,108 +1,147 @@
 """Stage `vae`: a KL autoencoder in FLUX's layout, by reconstruction.
 
-Shape letters: B images, H and W rows and columns (h, w: of latents), C
-channels.
-Source: the autoencoder of latent diffusion (arXiv:2112.10752), section 3.1,
-with no adversarial and no perceptual term: both need a second network.
+For worlds without FLUX's own. What is compiled is in vae_program.py, rows are
+in painting_rows.py; what it leaves is a FLUX.1-dev folder.
 """
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from PIL import Image
 
-from xomni_jax.config import Architecture
+from xomni_jax.checkpoints import released
+from xomni_jax.config import Architecture, VAEConfig
+from xomni_jax.data import pipeline, records
+from xomni_jax.inference import flux1, fresh
 from xomni_jax.models import vae
 from xomni_jax.train_config import TrainConfig
-from xomni_jax.training import flops, pixels
-from xomni_jax.training.stage import Batch, Context, Part, Program, row_keys
+from xomni_jax.training import pixels
+from xomni_jax.training.stage import Params, Picture, Stage
+from xomni_jax.training.stages.painting_rows import CropRows
+from xomni_jax.training.stages.vae_program import program
 
-# Held-out latents are drawn with this key whatever the step, so that two
-# evaluations differ by the model alone.
-_EVAL_SEED = 20_250_728
+__all__ = ["fit_scale", "program", "stage"]
+
+_PREVIEWS = 4
+_SCALE_BATCHES = 8  # that the latents' mean and deviation are taken over
 
 
-def program(cfg: TrainConfig, arch: Architecture) -> Program:
-  """The autoencoder's training.
+def stage(cfg: TrainConfig, arch: Architecture) -> Stage:
+  """The stage on the records and the folder that the config names.
 
-  Rows are `pixels` u8[B, crop, crop, 3], `id` u32[B] and `real` f32[B].
+  Args:
+    cfg: of the run; `init.flux` is a FLUX.1-dev folder, whose autoencoder is
+      where training starts.
+    arch: sizes; those of the autoencoder are the folder's.
   """
-  opts, model = cfg.options, arch.vae
+  opened = flux1.open_flux1(cfg.init.flux)
+  arch = dataclasses.replace(arch, vae=opened.vae)
+  rows = CropRows(cfg.options.crop)
 
-  def loss(params, batch: Batch, ctx: Context):
-    target_BHWC = pixels.to_float(batch["pixels"])
-    key = ctx.key if ctx.train else jax.random.key(_EVAL_SEED)
-    mean, logvar = vae.encode(params["vae"], target_BHWC, model, cfg.compute)
-    latents = sample(mean, logvar, row_keys(key, batch["id"]))
-    image_BHWC = vae.decode(params["vae"], latents, model, cfg.compute)
-    terms = row_terms(image_BHWC, target_BHWC, mean, logvar)
-    # Rows that are not real count as nothing, the others alike.
-    share_B = batch["real"] / jnp.maximum(ctx.totals["rows"], 1)
-    terms = {name: jnp.sum(x_B * share_B) for name, x_B in terms.items()}
-    value = (
-      opts.l1 * terms["l1"]
-      + opts.l2 * terms["l2"]
-      + opts.edges * terms["edges"]
-      + opts.kl * terms["kl"]
+  def crops(data, seed):
+    return pipeline.images(
+      data,
+      seed=seed,
+      global_batch=cfg.global_batch,
+      prepare=rows.prepare,
+      blank=rows.blank,
+      process=(jax.process_index(), jax.process_count()),
     )
-    metrics = {f"vae/{name}": x for name, x in terms.items()}
-    return value, metrics | {"vae/loss": value}
 
-  side, rows = opts.crop, cfg.global_batch
-  shape = jax.ShapeDtypeStruct
-  return Program(
-    parts={"vae": Part(vae.rows(model), vae.abstract(model))},
-    init=lambda key: {"vae": vae.init(key, model)},
-    totals=lambda batch: {"rows": jnp.sum(batch["real"])},
-    loss=loss,
-    batch={
-      "pixels": shape((rows, side, side, 3), jnp.uint8),
-      "id": shape((rows,), jnp.uint32),
-      "real": shape((rows,), jnp.float32),
-    },
-    tokens=rows * (side // model.factor) ** 2,
-    flops=3.0 * rows * flops.vae(model, side, side),
-    summarise=_with_psnr,
+  batches = lambda i: crops(cfg.phases[i].data or cfg.data, cfg.seed + i)
+  held_out = cfg.eval_data and crops(cfg.eval_data, cfg.seed)
+
+  def load(mesh, dtypes):
+    part = flux1.parts_of(opened)["vae"]
+    return {"vae": released.load(part, mesh, dtypes["vae"])}
+
+  def export(params: Params, out: pathlib.Path):
+    scale = None
+    if cfg.options.fit_scale:
+      data = held_out or batches(len(cfg.phases) - 1)
+      some = (data[i].arrays["pixels"] for i in range(_SCALE_BATCHES))
+      scale = fit_scale(params["vae"], some, arch.vae, cfg.compute)
+    fresh.replace_flux1(opened.folder, out, {"vae": params["vae"]}, scale)
+
+  preview = _Preview(cfg, arch.vae)
+  return Stage(
+    program=program(cfg, arch),
+    batches=batches,
+    held_out=held_out,
+    load=load,
+    preview=preview if cfg.report.preview_every else None,
+    export=export,
   )
 
 
-def sample(mean: jax.Array, logvar: jax.Array, keys: jax.Array) -> jax.Array:
-  """Latents drawn from their distribution, each row by its own key.
+def fit_scale(
+  params: Any, batches: Iterable[np.ndarray], cfg: VAEConfig, compute
+) -> tuple[float, float]:
+  """(scaling_factor, shift_factor) by which latents have mean 0, deviation 1.
 
   Args:
-    mean, logvar: f32[B, h, w, C], of `models.vae.encode`.
-    keys: [B].
+    params: of the autoencoder.
+    batches: u8[B, H, W, 3] each.
+    cfg, compute: the model.
   """
-  draw = lambda key: jax.random.normal(key, mean.shape[1:])
-  return mean + jnp.exp(0.5 * logvar) * jax.vmap(draw)(keys)
+
+  @jax.jit
+  def moments(params, image_bytes):
+    """Mean and mean square of drawn latents."""
+    mean, logvar = vae.encode(
+      params, pixels.to_float(image_bytes), cfg, compute
+    )
+    return jnp.mean(mean), jnp.mean(jnp.square(mean) + jnp.exp(logvar))
+
+  found = np.array([moments(params, x) for x in batches], np.float64)
+  mean, square = found.mean(axis=0)
+  return float(1 / math.sqrt(square - mean**2)), float(mean)
 
 
-def row_terms(
-  image_BHWC: jax.Array,
-  target_BHWC: jax.Array,
-  mean_BhwC: jax.Array,
-  logvar_BhwC: jax.Array,
-) -> dict[str, jax.Array]:
-  """Every term of the loss for each row, f32[B], unweighted.
+class _Preview:
+  """Held-out images and what the autoencoder makes of them."""
 
-  Returns:
-    l1, l2: mean absolute and squared error of a pixel's channel.
-    edges: mean absolute error of the difference of two neighbours, over rows
-      and columns; it sees a stroke that is blurred, not one that is pale.
-    kl: nats a latent value, from a unit Gaussian.
-  """
-  error = image_BHWC - target_BHWC
-  row_mean = lambda x: jnp.mean(x.reshape(x.shape[0], -1), axis=1)
-  steps = (jnp.abs(jnp.diff(error, axis=axis)) for axis in (1, 2))
-  kl = jnp.square(mean_BhwC) + jnp.exp(logvar_BhwC) - 1.0 - logvar_BhwC
-  return {
-    "l1": row_mean(jnp.abs(error)),
-    "l2": row_mean(jnp.square(error)),
-    "edges": 0.5 * sum(row_mean(x) for x in steps),
-    "kl": 0.5 * row_mean(kl),
-  }
+  def __init__(self, cfg: TrainConfig, model: VAEConfig):
+    self._cfg, self._model = cfg, model
+    self._shown = None
 
+    @jax.jit
+    def rebuild(params, image_bytes):
+      mean, _ = vae.encode(
+        params, pixels.to_float(image_bytes), model, cfg.compute
+      )
+      return pixels.to_bytes(vae.decode(params, mean, model, cfg.compute))
 
-def _with_psnr(metrics):
-  """The metrics, and the peak signal-to-noise ratio of all pixels in dB."""
-  # Pixels span 2, from -1 to 1.
-  psnr = 10 * jnp.log10(4 / jnp.maximum(metrics["vae/l2"], 1e-12))
-  return metrics | {"vae/psnr_db": psnr}
+    self._rebuild = rebuild
+
+  def __call__(self, params: Params, step: int) -> list[Picture]:
+    """Whatever the step, the same images, so that progress shows."""
+    del step
+    if self._shown is None:
+      self._shown = self._some_images()
+    found = []
+    for name, image in self._shown:
+      made = np.asarray(self._rebuild(params["vae"], image[None])[0])
+      both = np.concatenate([image, made], axis=1)
+      found.append(Picture(Image.fromarray(both), name))
+    return found
+
+  def _some_images(self):
+    """(key, u8[H, W, 3]) of the first held-out records, whole but for rims."""
+    data = self._cfg.eval_data or self._cfg.data
+    source_cfg = data.sources[0]
+    source = records.open_source(source_cfg)
+    first, factor = source_cfg.first, self._model.factor
+    found = []
+    for i in range(first, min(first + _PREVIEWS, len(source))):
+      record = source[i]
+      image = np.asarray(records.image_of(record))
+      h, w = (n // factor * factor for n in image.shape[:2])
+      found.append((record["key"], image[:h, :w]))
+    return found
