@@ -141,7 +141,7 @@ def _care(cfg: TrainConfig, arch: Architecture) -> dict[int, Any]:
 
   at = {}
   if opts.revive_every:
-    end = opts.revive_until or cfg.steps
+    end = min(opts.revive_until or cfg.steps, cfg.steps)
     for s in range(first + opts.revive_every, end, opts.revive_every):
       at[s] = lambda *args, s=s: revive(s, *args)
   if opts.kmeans:

@@ -71,7 +71,7 @@ def program(cfg: TrainConfig, arch: Architecture, reader: LMConfig) -> Program:
       "weights": shape(jnp.float32, T),
       "segments": shape(jnp.int32, T),
       "positions": shape(jnp.int32, T),
-      "id": shape(jnp.uint32),
+      "id": shape(jnp.int32),
       "real": shape(jnp.float32),
     },
     tokens=rows * (h * w + T),
