@@ -20,6 +20,7 @@ from xomni_jax.errors import InputError
 TextIds = Callable[[Sequence[str]], np.ndarray]
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+_T5_LENGTH = 512  # of FLUX.1-dev's prompts
 _ADVICE = "the intact files of a FLUX.1-dev folder; fetch them again"
 
 
@@ -129,17 +130,22 @@ def _is_ideograph(c):
   )
 
 
-def load_t5_tokenizer(folder: str | os.PathLike, length: int = 512) -> TextIds:
+def load_t5_tokenizer(
+  folder: str | os.PathLike, length: int | None = None
+) -> TextIds:
   """T5's tokenizer, as texts -> i32[B, length].
 
   Args:
     folder: has tokenizer.json.
     length: of every row, the closing </s> included; longer texts are cut.
+      None: `t5_length` of the folder.
   Returns:
     A function; its rows are padded with 0.
   Raises:
     InputError: a missing or broken file.
   """
+  if length is None:
+    length = t5_length(folder)
   # T5Tokenizer of transformers 5 takes only the vocabulary and the character
   # map from tokenizer.json. Its own pre-tokeniser begins every text with the
   # space mark whatever the file says; here the file is followed.
@@ -161,6 +167,27 @@ def load_t5_tokenizer(folder: str | os.PathLike, length: int = 512) -> TextIds:
       "this the folder tokenizer_2?"
     )
   return _fixed_length(tokenizer, length, 0, "<pad>", str)
+
+
+def t5_length(folder: str | os.PathLike) -> int:
+  """T5 ids of a prompt: `model_max_length` of tokenizer_config.json.
+
+  That is 512 in FLUX.1-dev, and where the file does not say. The encoder and
+  FLUX see padding, so that a model takes the length it was trained with.
+
+  Raises:
+    InputError: the file is broken.
+  """
+  path = Path(folder, "tokenizer_config.json")
+  if not path.exists():
+    return _T5_LENGTH
+  try:
+    length = json.loads(path.read_text("utf-8")).get("model_max_length")
+  except Exception as e:  # json's, or of a file that is no mapping
+    raise unreadable(f"T5 tokenizer in {folder}", e, _ADVICE) from None
+  # Absent, or transformers' 1e30 for "no limit".
+  whole = type(length) is int and 0 < length <= _T5_LENGTH
+  return length if whole else _T5_LENGTH
 
 
 def _fixed_length(tokenizer, length, pad_id, pad_token, prepare) -> TextIds:

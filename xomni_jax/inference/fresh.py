@@ -251,6 +251,7 @@ def replace_flux1(
   params: Params,
   vae_scale: tuple[float, float] | None = None,
   *,
+  text_len: int | None = None,
   dtype: str | None = None,
 ) -> None:
   """Writes a copy of a FLUX.1-dev folder in which some parts are other ones.
@@ -262,6 +263,7 @@ def replace_flux1(
     out: a new folder.
     params: {part: tree} of "vae", "clip" or "t5".
     vae_scale: (scaling_factor, shift_factor) of the latents; None: as before.
+    text_len: T5 ids of a prompt; None: as before.
     dtype: "float32" or "bfloat16", of the parts named; None: as they are.
   Raises:
     InputError: `out` exists, or the source or parameters do not fit.
@@ -288,6 +290,10 @@ def replace_flux1(
       config = read_json(opened.folder / "vae" / "config.json")
       config["scaling_factor"], config["shift_factor"] = map(float, vae_scale)
       released.write_json(folder / "vae" / "config.json", config)
+    if text_len is not None:
+      where = folder / "tokenizer_2" / "tokenizer_config.json"
+      config = {**read_json(where), "model_max_length": text_len}
+      released.write_json(where, config)
     for name, stream in tensors.items():
       released.write_safetensors(
         folder / flux1.WEIGHTS[name][0], flux1.WEIGHTS[name][1], stream

@@ -24,7 +24,15 @@ class Painter:
     params: dict[str, Any],
     compute: Compute,
     progress: bool,
+    text_len: int | None = None,
   ):
+    """
+    Args:
+      opened: configs, and the folder of the tokenizers.
+      params: {"flux", "vae", "clip", "t5": tree}.
+      compute, progress: how, and whether a bar is shown.
+      text_len: T5 ids of a prompt; None: as the folder says.
+    """
     self.cfg = opened
     self._params = params
     self._compute = compute
@@ -32,7 +40,9 @@ class Painter:
     self._clip_ids = encoder_ids.load_clip_tokenizer(
       opened.folder / "tokenizer", opened.clip.max_position_embeddings
     )
-    self._t5_ids = encoder_ids.load_t5_tokenizer(opened.folder / "tokenizer_2")
+    self._t5_ids = encoder_ids.load_t5_tokenizer(
+      opened.folder / "tokenizer_2", text_len
+    )
     self._embedded: dict[tuple[str, ...], tuple[jax.Array, jax.Array]] = {}
 
   def paint(

@@ -18,7 +18,6 @@ from xomni_jax.mesh import constrain
 from xomni_jax.models.layers import attention
 from xomni_jax.params import Row, flatten
 
-
 _LOGVAR = -5.0  # what the encoder says of every latent before it has learned
 
 
