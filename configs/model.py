@@ -192,6 +192,7 @@ def _world():
     "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "max_position_embeddings": 48,  # captions take up to 37
   }
   config["t5"] |= {
     "vocab_size": 384,

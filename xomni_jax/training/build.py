@@ -42,6 +42,8 @@ def stage(
     InputError: folders or data do not fit the config.
   """
   cfg = _with_start(cfg, arch, config, pathlib.Path(workdir) / "start")
+  if cfg.stage == "vae":
+    return vae.stage(cfg, arch)
   opened = checkpoint.open_checkpoint(cfg.init.model)
   arch = dataclasses.replace(
     arch, ar=opened.config.ar, siglip=opened.siglip, vq=opened.config.vq
@@ -51,8 +53,6 @@ def stage(
   if cfg.stage == "tokenizer":
     lm = configure.section(config, "lm", "LMConfig", "config")
     return tokenizer.stage(cfg, arch, opened, lm)
-  if cfg.stage == "vae":
-    return vae.stage(cfg, arch)
   return decoder.stage(cfg, arch, opened)
 
 
@@ -60,7 +60,8 @@ def _with_start(cfg, arch, config, folder):
   """The config with `init.model` and `init.flux` named."""
   init = cfg.init
   needs_flux = cfg.stage in ("vae", "decoder")
-  if init.model and (init.flux or not needs_flux):
+  needs_model = cfg.stage != "vae"
+  if (init.model or not needs_model) and (init.flux or not needs_flux):
     return cfg
   if "transform" not in config:
     raise InputError(

@@ -1,0 +1,201 @@
+"""Stage `decoder`: the FLUX transformer learns to paint codes.
+
+  xomni train --config=configs/decoder.py:tiny --workdir=runs/decoder \
+    --config.init.model=runs/tokenizer/model --config.init.flux=runs/vae/model
+
+paints signs of the drawn world from the codes of a tokenizer and in the latents
+of an autoencoder (configs/tokenizer.py, configs/vae.py); its text encoders
+learn with it and lie in runs/decoder/flux1: about 10 minutes on 2 CPU cores.
+
+  xomni train --config=configs/decoder.py:7b --workdir=/mnt/runs/decoder \
+    --config.init.model=X-Omni --config.init.flux=FLUX.1-dev
+
+is for one slice of 256 chips (v5e:16x16): about a week. `xomni plan
+--program=train --config=configs/decoder.py:7b` says what it needs of a chip.
+"""
+
+from ml_collections import ConfigDict
+
+from xomni_jax.config_files import model_sizes
+
+
+def get_config(size: str = "7b") -> ConfigDict:
+  """Sections as in `xomni_jax.train_config.TrainConfig`."""
+  sizes = {"7b": _full, "tiny": _tiny}
+  if size not in sizes:
+    raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
+  return ConfigDict(sizes[size]())
+
+
+def _source(path):
+  return {"path": path, "task": "image", "weight": 1.0, "first": 0, "count": 0}
+
+
+def _full():
+  data = {
+    "window": 8192,  # records that are sorted into aspect buckets together
+    "workers": 8,
+    "max_bad_rate": 0.01,
+    "text_backend": "tensorflow_text",
+  }
+  return {
+    "stage": "decoder",
+    "seed": 0,
+    "global_batch": 256,  # one image a chip
+    "phases": {
+      # First what is new, which begins at zero, then all of it.
+      "1_features": {
+        "steps": 5000,
+        "train": ("flux/siglip_embed/", "flux/single/"),
+        "warmup_steps": 500,
+        "decay": "constant",
+      },
+      "2_all": {
+        "steps": 50_000,
+        "train": ("flux/",),
+        "lr_scale": 0.5,
+        "warmup_steps": 500,
+        "decay": "cosine",
+        "end_scale": 0.1,
+      },
+    },
+    "data": {
+      **data,
+      "shuffle": True,
+      # Guidance needs both; a tenth is what diffusion models drop as a rule.
+      "prompt_dropout": 0.1,
+      "sources": (_source("data/images"),),
+    },
+    "eval_data": {
+      **data,
+      "shuffle": False,
+      "prompt_dropout": 0.0,
+      "sources": (_source("data/held_out"),),
+    },
+    "init": {"model": "", "flux": "", "qwen": "", "tokenizer": ""},
+    "optim": {
+      "lr": 1e-4,
+      "b1": 0.9,
+      "b2": 0.95,
+      "eps": 1e-8,
+      "weight_decay": 0.0,
+      "clip_norm": 1.0,
+      "accumulate": 1,
+      "ema": 0.0,
+    },
+    "checkpoint": {
+      "every": 1000,
+      "keep_last": 2,
+      "keep_every": 10_000,
+      "export": True,
+    },
+    "report": {
+      "log_every": 10,
+      "eval_every": 1000,
+      "eval_batches": 8,
+      "preview_every": 1000,
+      "profile": (0, 0),
+    },
+    "compute": {
+      "dtype": "bfloat16",
+      "scan_layers": True,
+      "remat": "full",
+      "attention": "chunked",
+      "query_chunk": 512,
+    },
+    # fsdp above 32 makes shards of a width of 3072 that are no multiple of a
+    # tile, and XLA then sums whole weight gradients.
+    "mesh": {"data": -1, "fsdp": 32},
+    "frozen_dtype": "bfloat16",
+    "options": {
+      # 1 megapixel in five shapes.
+      "grids": ((64, 64), (56, 72), (72, 56), (48, 84), (84, 48)),
+      "times": "logit_normal",  # as Stable Diffusion 3 and FLUX train
+      "token_dropout": 0.1,  # a guess: codes drawn by a model have errors
+      "text_len": 512,  # FLUX.1-dev's
+      "preview_steps": 16,
+    },
+    "architecture": model_sizes("7b"),
+    "transform": {  # the released model's
+      "short_size": 384,
+      "long_size": 1152,
+      "patch_size": 16,
+      "min_short_size": 128,
+      "max_aspect_ratio": 3.0,
+      "filtering": False,
+    },
+    "decoder": {
+      "upscale_factor": 16,
+      "num_inference_steps": 28,
+      "cfg_scale": 1.0,
+    },
+  }
+
+
+def _tiny():
+  """Paints signs of the drawn world."""
+  config = _full()
+  data = {
+    "window": 1024,
+    "workers": 0,
+    "text_backend": "tokenizers",
+  }
+  config |= {
+    "global_batch": 16,
+    "phases": {
+      "1_all": {
+        "steps": 3000,
+        # Nothing here was trained before, text encoders included.
+        "train": ("flux/", "clip/", "t5/"),
+        "warmup_steps": 50,
+        "decay": "cosine",
+        "end_scale": 0.05,
+      },
+    },
+    "data": {
+      **data,
+      "shuffle": True,
+      "prompt_dropout": 0.1,
+      "sources": (_source("world:signs"),),
+    },
+    "eval_data": {
+      **data,
+      "shuffle": False,
+      "prompt_dropout": 0.0,
+      # Words that no training sign shows.
+      "sources": (_source("world:signs:held-out"),),
+    },
+    "report": {
+      "log_every": 20,
+      "eval_every": 250,
+      "eval_batches": 8,
+      "preview_every": 500,
+      "profile": (0, 0),
+    },
+    "compute": {
+      "dtype": "float32",
+      "scan_layers": False,
+      "remat": "none",
+      "attention": "chunked",
+      "query_chunk": 1024,
+    },
+    "mesh": {"data": -1},
+    "frozen_dtype": "float32",
+    "architecture": model_sizes("world"),
+    "transform": {
+      "short_size": 96,
+      "long_size": 96,
+      "patch_size": 16,
+      "min_short_size": 32,
+      "max_aspect_ratio": 3.0,
+      "filtering": False,
+    },
+  }
+  config["optim"] |= {"lr": 2e-3, "b2": 0.98, "weight_decay": 0.01}
+  config["checkpoint"] |= {"every": 500, "keep_every": 0}
+  config["options"] |= {
+    "grids": ((6, 6),),
+    "token_dropout": 0.0,
+    "text_len": 48,  # captions take up to 47
+  }
+  return config

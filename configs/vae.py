@@ -1,0 +1,168 @@
+"""Stage `vae`: a KL autoencoder in FLUX's layout, for worlds without FLUX's.
+
+  xomni train --config=configs/vae.py:tiny --workdir=runs/vae
+
+draws its data and starts from random weights: about a minute on 2 CPU cores.
+What it leaves in runs/vae/model is a FLUX.1-dev folder, for configs/decoder.py.
+
+  xomni train --config=configs/vae.py:7b --workdir=/mnt/runs/vae \
+    --config.init.flux=FLUX.1-dev
+
+goes on from FLUX's own, say on scans or screenshots: a day on one slice of 16
+chips (v5e:4x4).
+"""
+
+from ml_collections import ConfigDict
+
+from xomni_jax.config_files import model_sizes
+
+
+def get_config(size: str = "7b") -> ConfigDict:
+  """Sections as in `xomni_jax.train_config.TrainConfig`."""
+  sizes = {"7b": _full, "tiny": _tiny}
+  if size not in sizes:
+    raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
+  return ConfigDict(sizes[size]())
+
+
+def _source(path):
+  return {"path": path, "task": "image", "weight": 1.0, "first": 0, "count": 0}
+
+
+def _full():
+  data = {"shuffle": True, "workers": 8, "max_bad_rate": 0.01}
+  return {
+    "stage": "vae",
+    "seed": 0,
+    # A multiple of 256 chips, so that the same config runs on a pod.
+    "global_batch": 256,
+    "phases": {
+      "1_all": {
+        "steps": 50_000,
+        "train": ("vae/",),
+        "warmup_steps": 1000,
+        "decay": "cosine",
+        "end_scale": 0.05,
+      },
+    },
+    "data": {**data, "sources": (_source("data/images"),)},
+    "eval_data": {
+      **data,
+      "shuffle": False,
+      "sources": (_source("data/held_out"),),
+    },
+    "init": {"model": "", "flux": "", "qwen": "", "tokenizer": ""},
+    "optim": {
+      "lr": 1e-4,  # 4.5e-6 an image of a batch is usual (arXiv:2112.10752)
+      "b1": 0.9,
+      "b2": 0.95,
+      "eps": 1e-8,
+      "weight_decay": 0.0,
+      "clip_norm": 1.0,
+      "accumulate": 1,
+      "ema": 0.999,
+    },
+    "checkpoint": {
+      "every": 1000,
+      "keep_last": 2,
+      "keep_every": 0,
+      "export": True,
+    },
+    "report": {
+      "log_every": 20,
+      "eval_every": 1000,
+      "eval_batches": 8,
+      "preview_every": 1000,
+      "profile": (0, 0),
+    },
+    "compute": {
+      "dtype": "bfloat16",
+      "scan_layers": True,
+      "remat": "none",
+      "attention": "chunked",
+      "query_chunk": 1024,
+    },
+    # 84M parameters are whole on every chip.
+    "mesh": {"data": -1},
+    "frozen_dtype": "bfloat16",
+    "options": {
+      "crop": 256,  # px, as latent diffusion's (arXiv:2112.10752)
+      "l1": 1.0,
+      "l2": 1.0,
+      "edges": 1.0,  # keeps strokes of text sharp; chosen at the tiny size
+      # Of latent diffusion: 1e-6 a nat of an image against the sum over its
+      # pixels, a hundredth of which are latents.
+      "kl": 1e-6,
+      "fit_scale": True,
+    },
+    "architecture": model_sizes("7b"),
+    "transform": {  # the released model's
+      "short_size": 384,
+      "long_size": 1152,
+      "patch_size": 16,
+      "min_short_size": 128,
+      "max_aspect_ratio": 3.0,
+      "filtering": False,
+    },
+    "decoder": {
+      "upscale_factor": 16,
+      "num_inference_steps": 28,
+      "cfg_scale": 1.0,
+    },
+  }
+
+
+def _tiny():
+  """Rebuilds signs of the drawn world."""
+  config = _full()
+  data = {"shuffle": True, "workers": 0}
+  config |= {
+    "global_batch": 8,
+    "phases": {
+      "1_all": {
+        "steps": 2500,
+        "train": ("vae/",),
+        "warmup_steps": 50,
+        "decay": "cosine",
+        "end_scale": 0.05,
+      },
+    },
+    "data": {**data, "sources": (_source("world:signs"),)},
+    "eval_data": {
+      **data,
+      "shuffle": False,
+      # Words that no training sign shows.
+      "sources": (_source("world:signs:held-out"),),
+    },
+    "report": {
+      "log_every": 50,
+      "eval_every": 500,
+      "eval_batches": 16,
+      "preview_every": 500,
+      "profile": (0, 0),
+    },
+    "compute": {
+      "dtype": "float32",
+      "scan_layers": False,
+      "remat": "none",
+      "attention": "chunked",
+      "query_chunk": 1024,
+    },
+    "frozen_dtype": "float32",
+    "architecture": model_sizes("world"),
+    "transform": {
+      "short_size": 96,
+      "long_size": 96,
+      "patch_size": 16,
+      "min_short_size": 32,
+      "max_aspect_ratio": 3.0,
+      "filtering": False,
+    },
+  }
+  # Of 1e-3, 2e-3, 4e-3 and 8e-3; 4e-3 is 2 dB behind after 600 steps.
+  config["optim"] |= {"lr": 2e-3, "ema": 0.0}
+  config["checkpoint"] |= {"every": 500}
+  # Many small crops: what counts is the number of steps. The squared error
+  # sees thin strokes from the start, the absolute one only large areas.
+  config["options"] |= {"crop": 32, "l2": 2.0}
+  return config
