@@ -5,11 +5,13 @@ logical axes. An axis whose size its mesh axes do not divide is replicated.
 """
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import (
   AbstractMesh,
   AxisType,
@@ -249,20 +251,49 @@ class Shard:
   over: str = dataclasses.field(metadata={"static": True})
 
 
-def gather(tree):
+def gather(tree, *, row_major: bool = False):
   """A tree with every Shard in it gathered (inside `shard_map`).
 
   The transpose is a reduce-scatter: a gradient never exists whole on a device
   for longer than its layer.
+
+  Args:
+    row_major: of matrices that are no matmul's alone, such as embeddings; see
+      `_scatter_rows`.
   """
 
   def whole(x):
     if not isinstance(x, Shard):
       return x
     axis = x.part.ndim + x.axis
+    if row_major and x.part.ndim == 2 and axis == 1:
+      return _gather_columns(x.part, x.over)
     return jax.lax.all_gather(x.part, x.over, axis=axis, tiled=True)
 
   return jax.tree.map(whole, tree, is_leaf=lambda x: isinstance(x, Shard))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather_columns(part, over):
+  return jax.lax.all_gather(part, over, axis=1, tiled=True)
+
+
+def _scatter_rows(over, _, gradient):
+  """The transpose of `_gather_columns`.
+
+  XLA for TPU reduce-scatters only along an axis whose shard is a multiple of
+  a tile; else it sums the whole gradient and cuts the shard out. Of 3584
+  columns 32 devices have 112 each, no multiple of the 128 lanes of the last
+  axis, but of the 16 rows of the one before. Inside a block XLA picks the
+  layout so by itself; an embedding's lookup pins it the other way.
+  """
+  upright = with_layout_constraint(gradient.T, Layout((0, 1)))
+  return (jax.lax.psum_scatter(upright, over, tiled=True).T,)
+
+
+_gather_columns.defvjp(
+  lambda part, over: (_gather_columns(part, over), None), _scatter_rows
+)
 
 
 def describe(mesh: Mesh) -> str:

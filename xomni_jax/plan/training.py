@@ -1,6 +1,7 @@
 """The plan of a training step, from its config alone."""
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -58,7 +59,13 @@ def plan_train(
     target,
     mesh,
     step_lib.train_step(cfg, program, layout, phase),
-    (state, {path: array(path) for path in layout.frozen}, batch, key),
+    (
+      state,
+      {path: array(path) for path in layout.frozen},
+      batch,
+      key,
+      jax.ShapeDtypeStruct((), jnp.float32),
+    ),
     replicated=[
       f"{name}/{line}"
       for name, part in parts

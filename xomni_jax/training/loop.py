@@ -18,7 +18,7 @@ from xomni_jax.data.pipeline import BadRecords
 from xomni_jax.errors import InputError, RunError
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import log as log_lib
-from xomni_jax.training import pictures, start
+from xomni_jax.training import optim, pictures, start
 from xomni_jax.training import step as step_lib
 from xomni_jax.training.layout import flatten, make_layout, nest
 from xomni_jax.training.meter import Meter
@@ -107,6 +107,7 @@ class _Run:
       log.line(f"resumed at step {self.step} of {cfg.steps}")
     self.bad = BadRecords(cfg.data.max_bad_rate, log.line)
     self.pending: dict[str, Any] | None = None
+    self.compiled: dict[frozenset[str], Any] = {}
     self.meter = Meter(cfg, stage, layout, self.step)
     self.evaluate = step_lib.eval_step(cfg, stage.program, layout)
 
@@ -128,9 +129,7 @@ class _Run:
   def _phase(self, phase: int, first: int, preemption: Preemption) -> bool:
     """Trains a phase to its end; True: stopped and saved before."""
     cfg, end = self.cfg, first + self.cfg.phases[phase].steps
-    train_step = step_lib.train_step(
-      cfg, self.stage.program, self.layout, phase
-    )
+    train_step = self._step(phase)
     batches = self.stage.batches(phase)
     rows_of = batches.iterate(self.step - first)
     try:
@@ -141,8 +140,9 @@ class _Run:
           rows = next(rows_of)
         self.bad.add(rows.bad, rows.good)
         batch = step_lib.place_batch(rows.arrays, self.layout.mesh)
+        lr = optim.rate(cfg.phases[phase], cfg.optim.lr, self.step - first)
         self.state, metrics = train_step(
-          self.state, self.frozen, batch, self.step_key
+          self.state, self.frozen, batch, self.step_key, np.float32(lr)
         )
         # The step before is read only now, while the device is busy.
         self._read()
@@ -160,6 +160,15 @@ class _Run:
     finally:
       rows_of.close()
     return False
+
+  def _step(self, phase: int):
+    """The compiled step; phases that train the same share it."""
+    active = self.layout.active[phase]
+    if active not in self.compiled:
+      self.compiled[active] = step_lib.train_step(
+        self.cfg, self.stage.program, self.layout, phase
+      )
+    return self.compiled[active]
 
   def _read(self) -> None:
     """Looks at the last step's metrics, if nobody has; raises RunError."""

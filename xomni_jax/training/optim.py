@@ -20,26 +20,21 @@ from xomni_jax.training.layout import Layout
 Flat = Mapping[str, jax.Array]
 
 
-def schedule(phase: Phase, lr: float):
-  """Learning rate by the number of steps since the phase began.
+def rate(phase: Phase, lr: float, local: int) -> float:
+  """Learning rate of a phase's step `local`, from 0.
 
   It rises to `lr * lr_scale` at the end of the warm-up, then stays or falls.
   """
   peak = lr * phase.lr_scale
+  if local < phase.warmup_steps:
+    return peak * (local + 1) / phase.warmup_steps  # step 0 is not lost
   left = max(phase.steps - phase.warmup_steps, 1)
   falling = {
     "constant": optax.constant_schedule(peak),
     "cosine": optax.cosine_decay_schedule(peak, left, phase.end_scale),
     "linear": optax.linear_schedule(peak, peak * phase.end_scale, left),
   }[phase.decay]
-  warmup = phase.warmup_steps
-
-  def at(local):
-    # Step 0 is not lost to a rate of 0.
-    rising = peak * (local + 1) / max(warmup, 1)
-    return jnp.where(local < warmup, rising, falling(local - warmup))
-
-  return at
+  return float(falling(local - phase.warmup_steps))
 
 
 def _adam(cfg: OptimConfig):

@@ -76,17 +76,15 @@ def check_batch(cfg: TrainConfig, mesh) -> None:
 def train_step(
   cfg: TrainConfig, program: Program, layout: Layout, phase: int
 ) -> Callable:
-  """The jitted step of a phase.
+  """The jitted step of a phase, and of all that train the same parameters.
 
   Returns:
-    (state, frozen, batch, key) -> state, metrics. The state is donated;
+    (state, frozen, batch, key, lr) -> state, metrics. The state is donated;
     `frozen` are flat parameters, `batch` a global batch, `key` the run's.
   """
   active = sorted(layout.active[phase])
-  first = sum(p.steps for p in cfg.phases[:phase])
-  rate = optim.schedule(cfg.phases[phase], cfg.optim.lr)
 
-  def step(state, frozen, batch, key):
+  def step(state, frozen, batch, key, lr):
     trained = {path: state["params"][path] for path in active}
     rest = {
       path: x for path, x in state["params"].items() if path not in trained
@@ -94,7 +92,6 @@ def train_step(
     loss, metrics, grads = _on_rows(cfg, program, layout, grads=True)(
       trained, {**rest, **frozen}, batch, key, state["step"]
     )
-    lr = rate(state["step"] - first)
     params, moments, norm = optim.update(
       cfg.optim, layout, phase, grads, state["optim"], state["params"], lr
     )
@@ -163,7 +160,8 @@ def _on_rows(cfg, program, layout: Layout, *, grads: bool):
       if where:
         # Half the bytes to send; a matmul would round them so anyway.
         x = Shard(x.astype(half) if x.dtype == jnp.float32 else x, *where)
-        x = x if layout.rows[path].stacked else mesh_lib.gather(x)
+        if not layout.rows[path].stacked:
+          x = mesh_lib.gather(x, row_major=True)
       out[path] = x
     return nest(out)
 
