@@ -222,14 +222,14 @@ def gradients(step, **options):
 def test_codebook_waits_for_its_start():
   grads, metrics = gradients(1)
   assert float(jnp.abs(grads["vq"]["codebook"]).max()) == 0
-  assert float(metrics["vq/loss"]) == 0
+  assert float(metrics["vq/error"]) == 0
   # The projection learns meanwhile.
   assert float(jnp.abs(grads["vq"]["quant_conv"]["kernel"]).max()) > 0
 
 
 def test_everything_trains_through_the_codes():
   grads, metrics = gradients(2, skip=0.0, pixels=0.0, entropy=0.0)
-  assert float(metrics["vq/loss"]) > 0
+  assert float(metrics["vq/error"]) > 0
   for name in ("siglip", "vq", "lm"):
     dead = [
       jax.tree_util.keystr(path)
@@ -354,7 +354,7 @@ def test_care_starts_and_revives_the_codebook():
     new, extra = made.prepare[2](here, made.program.extra(), data)
     after = run()(new, batch())[1]
     # Codes lie among the features: nearer, and most of them are met.
-    assert float(after["vq/loss"]) < 0.2 * float(before["vq/loss"])
+    assert float(after["vq/error"]) < 0.2 * float(before["vq/error"])
     assert jnp.allclose(jnp.linalg.norm(new["vq"]["codebook"], axis=1), 1, 1e-5)
     used = jnp.zeros(64).at[:60].set(5.0)
     again, extra = made.prepare[4](new, {"usage": used}, data)

@@ -215,12 +215,12 @@ def _loss(cfg, arch, reader):
     )
     # Before it has codes of its own, nothing is drawn to the random ones.
     terms = {
-      "vq/loss": on * _row_mean(made.loss),
+      "vq/error": on * _row_mean(made.loss),
       "vq/entropy": on * _row_mean(made.entropy),
       "vq/entropy_of_image": on * entropy_of_image(made.soft),
     }
     weights = {
-      "vq/loss": 1.0,
+      "vq/error": 1.0,
       "vq/entropy": opts.entropy,
       "vq/entropy_of_image": -opts.entropy,
     }
@@ -243,7 +243,7 @@ def _loss(cfg, arch, reader):
       weights[name] * x for name, x in terms.items()
     )
     counts_K = codebook.count(made.codes, batch["real"], arch.vq.codebook_size)
-    metrics = {**answers, **terms, "tokenizer/loss": value, "counts": counts_K}
+    metrics = {**answers, **terms, "counts": counts_K}
     return value, metrics
 
   return loss
