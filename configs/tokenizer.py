@@ -101,7 +101,7 @@ def _full():
       "query_chunk": 512,
     },
     # fsdp above 32 turns shards into no multiple of a tile.
-    "mesh": {"data": 16, "fsdp": 16},
+    "mesh": {"data": -1, "fsdp": 16},
     "frozen_dtype": "bfloat16",
     "options": {
       # 0.3 megapixels in five shapes, each side a multiple of 2 tokens.

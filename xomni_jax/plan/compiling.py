@@ -38,6 +38,8 @@ _COLLECTIVE = re.compile(
   r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
   r"(?:-start)?\("
 )
+_ALL_REDUCE = re.compile(r"= (.*?) all-reduce(?:-start)?\(")
+_SHAPE = re.compile(r"[a-z]+[0-9]+\[[0-9,]+\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Plan:
     compile_seconds: of XLA, without tracing.
     collectives: {operation: how many in the program}, a loop's body counted
       once; None: the program can't be printed.
+    all_reduced: shapes of the arrays that all-reduces sum, such as
+      "f32[4,112,18944]", each once; None likewise.
     replicated: parameters that lie whole on each device because their size is
       not divisible.
   """
@@ -84,6 +88,7 @@ class Plan:
   hbm: int | None
   compile_seconds: float
   collectives: dict[str, int] | None
+  all_reduced: tuple[str, ...] | None
   replicated: tuple[str, ...]
 
   def __str__(self) -> str:
@@ -232,14 +237,21 @@ def compile_plan(
     memory.peak_memory_in_bytes,
     target.hbm,
     round(seconds, 1),
-    _collectives(compiled),
+    *_collectives(compiled),
     tuple(replicated),
   )
 
 
-def _collectives(compiled) -> dict[str, int] | None:
+def _collectives(compiled):
+  """{operation: count} and the shapes of what is all-reduced, or None twice."""
   try:
     text = compiled.as_text()
   except Exception:  # fails on some very large programs; the bytes are known
-    return None
-  return dict(collections.Counter(_COLLECTIVE.findall(text)).most_common())
+    return None, None
+  counts = collections.Counter(_COLLECTIVE.findall(text)).most_common()
+  shapes = {
+    shape
+    for result in _ALL_REDUCE.findall(text)
+    for shape in _SHAPE.findall(result)
+  }
+  return dict(counts), tuple(sorted(shapes))
