@@ -36,15 +36,7 @@ def plan_train(
       layout.shapes[path], layout.dtype(path), sharding=layout.sharding(path)
     )
 
-  trained = {path: array(path) for path in layout.trained}
-  state = jax.eval_shape(
-    lambda params: step_lib.init_state(cfg, program, layout, params), trained
-  )
-  state = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    state,
-    step_lib.state_shardings(state, layout),
-  )
+  state = step_lib.abstract_state(cfg, program, layout)
   rows = step_lib.batch_sharding(mesh)
   batch = {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)

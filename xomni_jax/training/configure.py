@@ -50,6 +50,9 @@ def override(config: ConfigDict, settings: Sequence[str]) -> None:
     except (ValueError, SyntaxError):
       value = text
     old = node[last]
+    if isinstance(old, ConfigDict):
+      problems.append(f"{path} is a section, change one of {', '.join(old)}")
+      continue
     if isinstance(old, str) and not isinstance(value, str):
       value = text
     if isinstance(old, float) and type(value) is int:

@@ -1,7 +1,6 @@
 """The first state of a run: from a checkpoint, from files, or drawn."""
 
 import jax
-import jax.numpy as jnp
 
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import step as step_lib
@@ -16,29 +15,18 @@ def begin(cfg: TrainConfig, stage: Stage, layout: Layout, key, restore):
     restore: abstract state -> (step, state), or None if there is none.
   """
   program = stage.program
-  shapes = {
-    path: jax.ShapeDtypeStruct(layout.shapes[path], jnp.float32)
-    for path in layout.trained
-  }
-  start = lambda params: step_lib.init_state(cfg, program, layout, params)
-  abstract = jax.eval_shape(start, shapes)
-  shardings = step_lib.state_shardings(abstract, layout)
-  restored = restore(
-    jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      abstract,
-      shardings,
-    )
-  )
+  abstract = step_lib.abstract_state(cfg, program, layout)
+  restored = restore(abstract)
   needed = layout.frozen if restored else [*layout.frozen, *layout.trained]
   params = first_params(stage, layout, key, needed)
   frozen = {path: params[path] for path in layout.frozen}
   if restored:
     return restored[1], frozen
   # Copied: files may have been placed without a copy, and steps are donated.
-  state = jax.jit(start, out_shardings=shardings)(
-    {path: params[path] for path in layout.trained}
-  )
+  state = jax.jit(
+    lambda params: step_lib.init_state(cfg, program, layout, params),
+    out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+  )({path: params[path] for path in layout.trained})
   return state, frozen
 
 

@@ -37,8 +37,8 @@ def init_state(cfg: TrainConfig, program: Program, layout: Layout, params):
   }
 
 
-def state_shardings(abstract: State, layout: Layout) -> Any:
-  """The NamedSharding of every array of a state.
+def abstract_state(cfg: TrainConfig, program: Program, layout: Layout) -> State:
+  """The state as ShapeDtypeStructs with shardings.
 
   Moments and averages lie as their parameters do, the rest on every device.
   """
@@ -47,11 +47,19 @@ def state_shardings(abstract: State, layout: Layout) -> Any:
     # The last dict key on the way is a parameter's path if there is any.
     names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
     name = names[-1] if names else ""
+    where = NamedSharding(layout.mesh, PartitionSpec())
     if name in layout.rows and leaf.shape == layout.shapes[name]:
-      return layout.sharding(name)
-    return NamedSharding(layout.mesh, PartitionSpec())
+      where = layout.sharding(name)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-  return jax.tree_util.tree_map_with_path(place, abstract)
+  params = {
+    path: jax.ShapeDtypeStruct(layout.shapes[path], jnp.float32)
+    for path in layout.trained
+  }
+  whole = jax.eval_shape(
+    lambda params: init_state(cfg, program, layout, params), params
+  )
+  return jax.tree_util.tree_map_with_path(place, whole)
 
 
 def batch_sharding(mesh) -> NamedSharding:
@@ -126,7 +134,11 @@ def train_step(
     return state, report
 
   # Laid out as they came, or the next step would be another program.
-  return jax.jit(step, donate_argnums=0)
+  state = jax.tree.map(
+    lambda x: x.sharding, abstract_state(cfg, program, layout)
+  )
+  whole = NamedSharding(layout.mesh, PartitionSpec())
+  return jax.jit(step, donate_argnums=0, out_shardings=(state, whole))
 
 
 def eval_step(cfg: TrainConfig, program: Program, layout: Layout) -> Callable:

@@ -1,0 +1,144 @@
+"""Training steps on eight fake devices and on one: what comes out.
+
+  python -m tests.multidevice.train_eight OUT
+
+writes OUT/facts.json, which test_train_eight.py judges. A process of its own,
+since the count of devices is fixed when JAX starts.
+"""
+
+import itertools
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from tests import helpers
+from xomni_jax import mesh as mesh_lib
+from xomni_jax.config import Compute
+from xomni_jax.config_files import load_architecture
+from xomni_jax.train_config import (
+  ARTrainOptions,
+  CheckpointConfig,
+  DataConfig,
+  InitConfig,
+  OptimConfig,
+  Phase,
+  ReportConfig,
+  SourceConfig,
+  TrainConfig,
+)
+from xomni_jax.training import layout as layout_lib
+from xomni_jax.training import step as step_lib
+from xomni_jax.training.stages import ar
+
+ROWS, LENGTH, STEPS = 8, 48, 2
+# {name: (mesh, settings)}: every combination of axes that the configs use, and
+# each axis of the mesh at least once.
+RUNS = {
+  "one": ({}, {}),
+  "accumulate": ({}, {"accumulate": 4}),
+  "fsdp": ({"fsdp": 8}, {"remat": "full"}),
+  "data_fsdp": ({"data": 2, "fsdp": 4}, {"accumulate": 1}),
+  "fsdp_tensor": ({"data": 2, "fsdp": 2, "tensor": 2}, {"accumulate": 2}),
+  "context": ({"data": 2, "context": 4}, {"chunk": 8}),
+  "slices": ({"slice": 2, "fsdp": 2, "context": 2}, {"remat": "dots"}),
+}
+
+
+def config(mesh, accumulate=1, remat="none", chunk=16):
+  return TrainConfig(
+    stage="pretrain",
+    seed=0,
+    global_batch=ROWS,
+    phases=(Phase("all", STEPS, ("ar/",)),),
+    data=DataConfig((SourceConfig("none", "text"),), seq_len=LENGTH),
+    eval_data=None,
+    init=InitConfig(),
+    optim=OptimConfig(lr=1e-2, weight_decay=0.1, accumulate=accumulate),
+    checkpoint=CheckpointConfig(),
+    report=ReportConfig(),
+    compute=Compute(scan_layers=True, remat=remat, query_chunk=chunk),
+    mesh=tuple(mesh.items()),
+    frozen_dtype="float32",
+    options=ARTrainOptions(loss_chunk=12),
+  )
+
+
+def batch(vocabulary):
+  """Packed rows of random tokens; rows differ in what they count."""
+  rng = np.random.default_rng(0)
+  segments = np.zeros((ROWS, LENGTH), np.int32)
+  positions = np.zeros_like(segments)
+  for row in range(ROWS):
+    cuts = [0, *sorted(rng.choice(np.arange(4, 40), 3, replace=False))]
+    for i, (a, b) in enumerate(itertools.pairwise(cuts)):
+      segments[row, a:b] = i + 1
+      positions[row, a:b] = np.arange(b - a)
+  return {
+    "tokens": rng.integers(0, vocabulary, segments.shape).astype(np.int32),
+    "segments": segments,
+    "positions": positions,
+    "weights": ((segments > 0) & (positions > 0)).astype(np.float32),
+    "id": np.arange(ROWS, dtype=np.int32),
+  }
+
+
+def run(mesh_sizes, settings):
+  """(metrics of every step, parameters after the last)."""
+  cfg = config(mesh_sizes, **settings)
+  arch = load_architecture(
+    f"{helpers.GOLDEN.parents[2] / 'configs' / 'model.py'}:tiny"
+  )
+  mesh = mesh_lib.make_mesh(**mesh_sizes)
+  program = ar.program(cfg, arch)
+  layout = layout_lib.make_layout(program.parts, cfg.phases, mesh, "float32")
+  with jax.set_mesh(mesh):
+    drawn = layout_lib.flatten(jax.jit(program.init)(jax.random.key(0)))
+    params = {
+      path: jax.device_put(drawn[path], layout.sharding(path))
+      for path in layout.trained
+    }
+    shardings = jax.tree.map(
+      lambda x: x.sharding, step_lib.abstract_state(cfg, program, layout)
+    )
+    state = jax.jit(
+      lambda params: step_lib.init_state(cfg, program, layout, params),
+      out_shardings=shardings,
+    )(params)
+    rows = step_lib.place_batch(
+      batch(arch.ar.vocab_size + arch.ar.image_vocab_size + 3), mesh
+    )
+    step = step_lib.train_step(cfg, program, layout, 0)
+    metrics = []
+    for _ in range(STEPS):
+      state, made = step(
+        state, {}, rows, jax.random.key(1), np.float32(cfg.optim.lr)
+      )
+      metrics.append({k: float(v) for k, v in made.items()})
+  facts = {
+    "metrics": metrics,
+    "programs": step._cache_size(),
+    "shard": {
+      path: list(x.addressable_shards[0].data.shape)
+      for path, x in state["params"].items()
+      if "q_proj/kernel" in path or "lm_head" in path
+    },
+  }
+  return facts, {k: np.asarray(v) for k, v in state["params"].items()}
+
+
+def main(out):
+  facts, base = {}, None
+  for name, (mesh_sizes, settings) in RUNS.items():
+    facts[name], params = run(mesh_sizes, settings)
+    base = base or params
+    facts[name]["params"] = max(
+      float(np.abs(params[path] - base[path]).max()) for path in base
+    )
+  (out / "facts.json").write_text(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+  main(pathlib.Path(sys.argv[1]))

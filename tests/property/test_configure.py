@@ -1,0 +1,172 @@
+"""Settings of training runs: files, overrides, and what is refused."""
+
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from tests import helpers
+from xomni_jax import train_config
+from xomni_jax.errors import InputError
+from xomni_jax.mesh import fill, make_mesh
+from xomni_jax.params import flatten
+from xomni_jax.training import build, configure
+from xomni_jax.training.command import connect
+from xomni_jax.training.layout import make_layout
+
+CONFIGS = helpers.GOLDEN.parents[2] / "configs"
+STAGES = ["vae", "tokenizer", "pretrain", "sft", "decoder"]
+
+
+def read(stage, size="tiny"):
+  return configure.read(f"{CONFIGS / stage}.py:{size}")
+
+
+@pytest.mark.parametrize("size", ["7b", "tiny"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_config_builds_its_program_from_shapes_alone(stage, size):
+  config = read(stage, size)
+  cfg, arch = configure.parse(config, stage)
+  program = build.program(cfg, arch, config)
+  layout = make_layout(program.parts, cfg.phases, make_mesh(), cfg.frozen_dtype)
+  rows = {x.shape[0] for x in program.batch.values()}
+  assert rows == {cfg.global_batch} and "id" in program.batch
+  assert program.flops > 0 and program.tokens > 0
+  assert all(layout.active)
+  if size == "7b" and stage in ("pretrain", "sft"):
+    count = sum(x.size for x in flatten(program.parts["ar"].tree).values())
+    assert 9e9 < count < 10e9
+
+
+def test_phases_of_pretraining_train_what_the_paper_says():
+  config = read("pretrain", "7b")
+  cfg, arch = configure.parse(config, "pretrain")
+  program = build.program(cfg, arch, config)
+  layout = make_layout(program.parts, cfg.phases, make_mesh(), "float32")
+  first, second, third = layout.active
+  assert {p.split("/")[1] for p in first} == {
+    *("vision_in", "vision_out", "mm_embed_tokens", "mm_norm", "mm_head")
+  }
+  assert second == third == set(layout.rows)
+  assert (cfg.phases[2].decay, cfg.phases[2].end_scale) == ("linear", 0)
+  assert cfg.phases[2].data != cfg.data and layout.frozen == []
+  assert set(layout.groups()) == {"0+1+2", "1+2"}
+
+
+def test_overrides_change_what_is_there():
+  config = read("pretrain")
+  configure.override(
+    config,
+    [
+      "optim.lr=3e-4",
+      "global_batch=16",
+      "init.model=/a=b",
+      "phases.2_all.steps=70",
+      "report.profile=(3, 5)",
+      "optim.weight_decay=0",
+    ],
+  )
+  cfg, _ = configure.parse(config, "pretrain")
+  assert cfg.optim.lr == 3e-4 and cfg.global_batch == 16
+  assert cfg.init.model == "/a=b" and cfg.phases[1].steps == 70
+  assert cfg.report.profile == (3, 5) and cfg.optim.weight_decay == 0.0
+
+
+@pytest.mark.parametrize(
+  ("setting", "says"),
+  [
+    ("optim.learning_rate=1", "names no setting"),
+    ("optim.lr", "names no setting"),
+    ("optim=1", "is a section, change one of"),
+    ("global_batch=many", "expected a int such as 8"),
+    ("global_batch=1.5", "expected a int"),
+  ],
+)
+def test_bad_overrides_are_refused_on_one_line(setting, says):
+  with pytest.raises(InputError, match=says) as e:
+    configure.override(read("pretrain"), [setting, "seed=1"])
+  assert "\n" not in str(e.value)
+
+
+def change(path, value):
+  """A changed copy of the tiny pretraining config."""
+  config = read("pretrain").to_dict()
+  *parents, last = path.split(".")
+  node = config
+  for name in parents:
+    node = node[name]
+  if value is None:
+    del node[last]
+  else:
+    node[last] = value
+  return ConfigDict(config)
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "says"),
+  [
+    ("stage", "dance", "stage is 'dance', expected one of vae"),
+    ("extra", {"a": 1}, "unknown sections extra"),
+    ("optim.lr", None, "lr is missing"),
+    ("optim.speed", 3, "speed is unknown"),
+    ("optim.lr", -1.0, "lr is -1.0, expected above 0"),
+    ("data.sources", (), "sources is empty"),
+    ("phases.2_all.train", ("ar/(",), "no expression"),
+    ("phases.2_all.decay", "slowly", "expected one of constant"),
+    ("phases", {}, "phases is empty"),
+    ("global_batch", 0, "global_batch is 0"),
+    ("compute.remat", "some", "expected 'none', 'full' or 'dots'"),
+    ("architecture", None, "no section 'architecture'"),
+  ],
+)
+def test_bad_settings_are_refused_on_one_line(path, value, says):
+  with pytest.raises(InputError, match=says.replace("(", r"\(")) as e:
+    configure.parse(change(path, value), "config")
+  assert "\n" not in str(e.value)
+
+
+def test_expressions_that_match_nothing_are_refused():
+  config = change("phases.2_all.train", ("ar/lmm/",))
+  cfg, arch = configure.parse(config, "config")
+  program = build.program(cfg, arch, config)
+  with pytest.raises(InputError, match="'ar/lmm/' matches no parameter"):
+    make_layout(program.parts, cfg.phases, make_mesh(), "float32")
+
+
+def test_phase_of_a_step_is_known_from_the_config():
+  cfg, _ = configure.parse(read("pretrain"), "config")
+  a, b, c = (p.steps for p in cfg.phases)
+  assert cfg.steps == a + b + c
+  assert cfg.phase_at(0) == (0, 0) and cfg.phase_at(a - 1) == (0, 0)
+  assert cfg.phase_at(a) == (1, a)
+  assert cfg.phase_at(cfg.steps - 1) == (2, a + b)
+
+
+def test_one_mesh_axis_takes_what_is_left():
+  assert fill({"data": -1, "fsdp": 4}, 8) == {"data": 2, "fsdp": 4}
+  assert fill({"data": 2}, 8) == {"data": 2}
+  for sizes in ({"data": -1, "fsdp": -1}, {"data": -1, "fsdp": 3}):
+    with pytest.raises(InputError, match="does not fit 8 devices"):
+      fill(sizes, 8)
+
+
+@pytest.mark.parametrize("how", ["localhost", "a:1,2", "a:1,2,x", "a,2,0"])
+def test_bad_addresses_of_processes_are_refused(how):
+  with pytest.raises(InputError, match="expected auto or HOST:PORT"):
+    connect(how)
+
+
+def test_missing_and_failing_config_files_are_refused(tmp_path):
+  for name in ("nowhere.py", str(tmp_path)):
+    with pytest.raises(InputError, match="no such Python file"):
+      configure.read(name)
+  bad = pathlib.Path(tmp_path, "bad.py")
+  bad.write_text("def get_config():\n  return 1\n")
+  with pytest.raises(InputError, match="gave a int"):
+    configure.read(str(bad))
+  with pytest.raises(InputError, match="expected one of 7b, tiny"):
+    read("pretrain", "13b")
+
+
+def test_options_of_every_stage_have_a_dataclass():
+  assert set(train_config.OPTIONS) == set(STAGES)
