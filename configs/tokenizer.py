@@ -168,7 +168,7 @@ def _tiny():
     "global_batch": 16,
     "phases": {
       "1_all": {
-        "steps": 1500,
+        "steps": 3000,
         # The ViT is random: unlike a released one it has all to learn.
         "train": ("siglip/", "vq/", "lm/", "readout/"),
         "warmup_steps": 50,
@@ -234,13 +234,13 @@ def _tiny():
   config["options"] |= {
     "grids": ((6, 6),),
     "text_len": 128,  # about five questions
-    "temperature": 0.05,
+    "temperature": 0.03,
     "entropy": 0.05,
-    "quantise_from": 500,
+    "quantise_from": 400,
     "kmeans_batches": 16,
-    "revive_every": 100,
-    "revive_until": 1300,
-    "dead_below": 0.05,
+    "revive_every": 50,
+    "revive_until": 2500,
+    "dead_below": 0.1,
     # What a patch looks like is learned in a minute so, in place of ten.
     "pixels": 1.0,
     "loss_chunk": 128,

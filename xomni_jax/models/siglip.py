@@ -90,7 +90,7 @@ class Siglip(nn.Module):
     )(image_BHWC)
     B, h, w, D = x_BhwD.shape
     table = self.param(
-      "pos_embed", nn.initializers.normal(0.02), (cfg.grid**2, D)
+      "pos_embed", nn.initializers.normal(D**-0.5), (cfg.grid**2, D)
     )
     x_BhwD += resize_table(table, h, w).astype(dtype)
     x_BLD = constrain(x_BhwD.reshape(B, h * w, D), "batch", "length", None)

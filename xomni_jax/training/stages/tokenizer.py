@@ -128,7 +128,8 @@ def _care(cfg: TrainConfig, arch: Architecture) -> dict[int, Any]:
     codes_KE = make(vectors_NE, size, opts.kmeans, own)
     return _with_codebook(params, codes_KE), {
       **extra,
-      "usage": jnp.full(size, vectors_NE.shape[0] / size),
+      # Of a batch. Averages of k-means' would take long to tell the dead.
+      "usage": jnp.full(size, cfg.global_batch * cells / size),
     }
 
   def revive(step_, params, extra, data):
