@@ -1,6 +1,6 @@
 """`xomni bench`: how fast the models are, beside the same in PyTorch.
 
-Two kinds of run:
+Two kinds of run for inference:
 
 - `xomni bench` takes about 100M parameters of either model on the CPU, with
   the same weights in JAX and in PyTorch, checks that both compute the same, and
@@ -9,6 +9,9 @@ Two kinds of run:
   one GPU, every model and framework in its own process, and prints besides what
   share of the device's bandwidth or arithmetic is used. `--size tiny` is the
   same in small, on whatever there is, to see that it runs.
+
+`xomni bench --train` times the training step of `configs/pretrain.py:tiny`
+instead: packed rows beside padded ones, and both beside PyTorch.
 
 Speeds are medians of several calls, without the first, which compiles.
 """
@@ -24,10 +27,11 @@ from typing import Any
 
 import jax
 
-from xomni_jax.bench import compare, measure, part, roofline, work
+from xomni_jax.bench import compare, measure, part, roofline, training, work
 from xomni_jax.config import Compute
 from xomni_jax.config_files import load_architecture
 from xomni_jax.errors import InputError
+from xomni_jax.training import configure
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -45,7 +49,10 @@ def main(argv: list[str]) -> int:
   """
   args = _parse(argv)
   print(f"{measure.processor()}; {measure.versions()}", flush=True)
-  report = _small(args) if args.size == "100m" else _full(args)
+  if args.train:
+    report = _train(args)
+  else:
+    report = _small(args) if args.size == "100m" else _full(args)
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
   return int(any("failed" in p for p in report.get("parts", {}).values()))
@@ -65,6 +72,11 @@ def _parse(argv):
     "--model",
     choices=("ar", "flux"),
     help="only this one (default: both, the AR model first)",
+  )
+  add(
+    "--train",
+    action="store_true",
+    help="the training step of the tiny pretrain config, on the CPU",
   )
   add(
     "--config",
@@ -103,6 +115,11 @@ def _parse(argv):
       raise InputError(f"--{name} is {value}, expected a number above 0")
   if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
     raise InputError(f"--json {args.json}: its folder does not exist")
+  if args.train and (args.size != "100m" or args.model or args.scan):
+    raise InputError(
+      "--train has sizes of its own and times the AR model with and without a "
+      "scan; leave out --size, --model and --scan"
+    )
   args.models = (args.model,) if args.model else ("ar", "flux")
   if args.scan is None:
     args.scan = args.size != "100m"
@@ -124,6 +141,19 @@ def _small(args) -> dict[str, Any]:
   about |= {"versions": measure.versions(), "load": dataclasses.asdict(load)}
   about["busy"] = busy
   return about | report
+
+
+def _train(args) -> dict[str, Any]:
+  """The training step on the CPU, printed; returns what `--json` writes."""
+  jax.config.update("jax_platforms", "cpu")
+  if busy := measure.busy():
+    print(busy, flush=True)
+  spec = f"{_ROOT / 'configs' / 'pretrain.py'}:tiny"
+  cfg, arch = configure.parse(configure.read(spec), spec)
+  report = training.compare(cfg, arch, args.repeats)
+  print(training.table(report))
+  about = {"size": "tiny", "device": measure.processor(), "busy": busy}
+  return about | {"versions": measure.versions()} | report
 
 
 def small_table(report: dict[str, Any]) -> str:

@@ -13,17 +13,11 @@ from xomni_jax.config import ARConfig, FluxConfig
 from xomni_jax.inference import flow
 
 
-def qwen2(cfg: ARConfig, dtype: str, device: str, state=None):
-  """transformers' Qwen2ForCausalLM of the same sizes, over the image codes.
+def qwen2_config(cfg: ARConfig):
+  """transformers' Qwen2Config of the same sizes, over the image codes."""
+  from transformers import Qwen2Config
 
-  Args:
-    cfg: vision-only blocks become ordinary ones, which cost the same.
-    dtype, device: PyTorch's names.
-    state: {released key: array} to load; None: random weights.
-  """
-  from transformers import Qwen2Config, Qwen2ForCausalLM
-
-  config = Qwen2Config(
+  return Qwen2Config(
     vocab_size=cfg.image_vocab_size,
     hidden_size=cfg.hidden_size,
     intermediate_size=cfg.intermediate_size,
@@ -35,6 +29,19 @@ def qwen2(cfg: ARConfig, dtype: str, device: str, state=None):
     max_position_embeddings=cfg.max_position_embeddings,
     tie_word_embeddings=False,
   )
+
+
+def qwen2(cfg: ARConfig, dtype: str, device: str, state=None):
+  """transformers' Qwen2ForCausalLM of the same sizes, over the image codes.
+
+  Args:
+    cfg: vision-only blocks become ordinary ones, which cost the same.
+    dtype, device: PyTorch's names.
+    state: {released key: array} to load; None: random weights.
+  """
+  from transformers import Qwen2ForCausalLM
+
+  config = qwen2_config(cfg)
   make = lambda: Qwen2ForCausalLM(config)
   if state is not None:
     # Codes have the embedding, norm and head of the image side.

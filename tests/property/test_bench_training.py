@@ -1,0 +1,109 @@
+"""The benchmark of the training step runs through; nothing is timed."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from xomni_jax import bench
+from xomni_jax.bench import measure, torch_training, training
+from xomni_jax.errors import InputError
+from xomni_jax.training import configure
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+  """On busy cores PyTorch's threads wait for one another, minutes in all."""
+  monkeypatch.setattr(measure, "cores", lambda: 1)
+
+
+@pytest.fixture(scope="module")
+def small():
+  """The benchmark's config with 3 narrow blocks and 2 rows of 192 tokens."""
+  spec = f"{bench._ROOT / 'configs' / 'pretrain.py'}:tiny"
+  cfg, arch = configure.parse(configure.read(spec), spec)
+  data = dataclasses.replace(cfg.data, seq_len=192, window=16)
+  sizes = dataclasses.replace(
+    arch.ar, hidden_size=32, intermediate_size=48, num_hidden_layers=3
+  )
+  return (
+    dataclasses.replace(cfg, global_batch=2, data=data),
+    dataclasses.replace(arch, ar=sizes),
+  )
+
+
+def test_training_benchmark_gives_every_figure_of_equal_losses(
+  small, monkeypatch, tmp_path, capsys
+):
+  monkeypatch.setattr(configure, "parse", lambda *_: small)
+  out = tmp_path / "report.json"
+  assert bench.main(["--train", "--repeats", "1", "--json", str(out)]) == 0
+  report = json.loads(out.read_text())
+  figures = report["figures"]
+  assert set(figures) == {training.PACKED, training.PADDED, training.SCANNED}
+  for figure, entry in figures.items():
+    numbers = [entry["jax"]]
+    if figure != training.SCANNED:
+      numbers += [entry["torch"], entry["ratio"]]
+    assert all(math.isfinite(x) and x > 0 for x in numbers)
+    # Of a loss near 6, float32 sums in another order: 1e-6 was seen.
+    assert entry["first"] < 1e-4
+  assert min(report["packing"].values()) > 0
+  shown = capsys.readouterr().out
+  assert all(line in shown for line in (*figures, "packed / padded"))
+
+
+def test_packed_and_padded_rows_hold_the_same_samples(small):
+  cfg, arch = small
+  packed, padded, count, tokens = training.packed_and_padded(cfg, arch.ar)
+
+  def found(batches):
+    return sorted(
+      tuple(row["tokens"][row["segments"] == i].tolist())
+      for batch in batches
+      for row in (
+        {k: batch[k][b] for k in ("tokens", "segments")}
+        for b in range(cfg.global_batch)
+      )
+      for i in range(1, row["segments"].max() + 1)
+    )
+
+  assert found(packed) == found(padded)
+  assert len(found(packed)) == count > cfg.global_batch
+  assert sum(map(len, found(packed))) == tokens
+  assert sum(np.sum(b["segments"] > 0) for b in padded) == tokens
+
+
+def test_training_benchmark_refuses_unequal_losses(small, monkeypatch):
+  cfg, arch = small
+  make = torch_training.network
+
+  def other(sizes, state):
+    net = make(sizes, state)
+    net.mm_head.weight.data += 1.0 * (net.mm_head.weight > 0)
+    return net
+
+  monkeypatch.setattr(torch_training, "network", other)
+  with pytest.raises(RuntimeError, match=r"packed.*losses differ"):
+    training.compare(cfg, arch, repeats=1)
+
+
+def test_training_benchmark_without_torch_leaves_its_column_empty(
+  small, monkeypatch
+):
+  monkeypatch.setattr(measure, "absent", lambda *names: list(names))
+  report = training.compare(*small, repeats=1)
+  assert report["packing"]["jax"] > 0
+  assert report["packing"]["torch"] is None
+  assert all(e["torch"] is None for e in report["figures"].values())
+  assert "not installed: torch" in training.table(report)
+
+
+@pytest.mark.parametrize(
+  "more", [["--size", "tiny"], ["--model", "ar"], ["--scan"]]
+)
+def test_training_benchmark_refuses_what_it_does_not_take(more):
+  with pytest.raises(InputError, match="--train has sizes of its own"):
+    bench.main(["--train", *more])
