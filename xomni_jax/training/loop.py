@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from xomni_jax import mesh as mesh_lib
 from xomni_jax.checkpoints import runs as runs_lib
@@ -105,6 +106,10 @@ class _Run:
     )
     if self.step:
       log.line(f"resumed at step {self.step} of {cfg.steps}")
+    # Samplers and painters read their results on one host.
+    self.preview = stage.preview if jax.process_count() == 1 else None
+    if stage.preview is not self.preview:
+      log.line("no pictures: they are made by a single process only")
     self.bad = BadRecords(cfg.data.max_bad_rate, log.line)
     self.pending: dict[str, Any] | None = None
     self.compiled: dict[frozenset[str], Any] = {}
@@ -230,11 +235,11 @@ class _Run:
       self.log.line(
         "  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items())
       )
-    if due(report.preview_every) and self.stage.preview is not None:
+    if due(report.preview_every) and self.preview is not None:
       self._read()
       with self.meter.paused():
-        made = self.stage.preview(self._params(), self.step)
-        if made and jax.process_index() == 0:
+        made = self.preview(self._params(), self.step)
+        if made:
           image = pictures.grid(made)
           pictures.save(self.workdir, self.step, "samples", image)
           self.log.image(self.step, "samples", image)
@@ -293,6 +298,23 @@ class _Run:
     where = self.workdir / "model"
     if where.exists():  # written whole or not at all
       return
-    params = {**self.state["params"], **self.state["ema"]}
-    self.stage.export(nest({**params, **self.frozen}), where)
+    params = {**self.state["params"], **self.state["ema"], **self.frozen}
+    if jax.process_count() == 1:
+      self.stage.export(nest(params), where)
+    else:
+      params = {path: self._whole(path, x) for path, x in params.items()}
+      if jax.process_index() == 0:
+        # On a device of its own: the others do not take part.
+        with jax.set_mesh(mesh_lib.make_mesh(devices=jax.local_devices())):
+          self.stage.export(nest(params), where)
+      multihost_utils.sync_global_devices("export")
     self.log.line(f"model written to {where}")
+
+  def _whole(self, path: str, x: jax.Array) -> np.ndarray | None:
+    """A parameter on the host of process 0; all processes call it."""
+    gather = lambda x: multihost_utils.process_allgather(x, tiled=True)
+    if self.layout.rows[path].stacked:  # layers at once would not fit
+      out = np.stack([gather(x[i]) for i in range(x.shape[0])])
+    else:
+      out = gather(x)
+    return None if jax.process_index() else out
