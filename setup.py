@@ -30,7 +30,9 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["xomni_jax*"]),
+  package_data={"xomni_jax.data": ["words.txt"]},
   install_requires=[
+    "absl-py>=2.1",
     "einops>=0.8",
     "flax>=0.12.8",
     "huggingface_hub>=1.0",
@@ -38,11 +40,13 @@ setup(
     "jinja2>=3.1",  # chat templates
     "ml_collections>=1.1",
     "ml_dtypes>=0.5",
+    "msgpack>=1.0",
     "numpy>=2.0",
     "pillow>=11",
     "protobuf>=5",
     "safetensors>=0.6",
     "sentencepiece>=0.2",
+    "tokenizers>=0.22",
     "tqdm>=4.66",
     "transformers>=5.0",  # tokenizers only
   ],

@@ -127,7 +127,7 @@ def test_plan_without_libtpu_says_what_to_install(monkeypatch):
   [
     ("tensor=4", "is for 4 devices, slice has 8"),
     ("data=16", "is for 16 devices, slice has 8"),
-    ("rows=8", "not one of data"),
+    ("rows=8", "not one of slice, data"),
   ],
 )
 def test_mesh_that_does_not_fit_is_refused(sizes, says):
@@ -139,7 +139,7 @@ def test_mesh_that_does_not_fit_is_refused(sizes, says):
 @pytest.mark.parametrize(
   ("flags", "says"),
   [
-    (["--program", "train"], "invalid choice"),
+    (["--program", "dance"], "invalid choice"),
     (["--batch", "many"], "invalid int"),
     (["--config", "nowhere.py"], "no such Python file"),
     (["--config", f"{CONFIG}:13b"], "expected one of 7b, tiny"),
