@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xomni_jax import bench
-from xomni_jax.bench import measure, torch_training, training
+from xomni_jax.bench import measure, training
 from xomni_jax.errors import InputError
 from xomni_jax.training import configure
 
@@ -76,23 +76,21 @@ def test_packed_and_padded_rows_hold_the_same_samples(small):
   assert sum(np.sum(b["segments"] > 0) for b in padded) == tokens
 
 
+def instead_of_jax(*_):
+  """Has the interface of `training.jax_trainer`, without compiling."""
+  return lambda batches: lambda: np.full(len(batches), 3.0)
+
+
 def test_training_benchmark_refuses_unequal_losses(small, monkeypatch):
-  cfg, arch = small
-  make = torch_training.network
-
-  def other(sizes, state):
-    net = make(sizes, state)
-    net.mm_head.weight.data += 1.0 * (net.mm_head.weight > 0)
-    return net
-
-  monkeypatch.setattr(torch_training, "network", other)
+  monkeypatch.setattr(training, "jax_trainer", instead_of_jax)
   with pytest.raises(RuntimeError, match=r"packed.*losses differ"):
-    training.compare(cfg, arch, repeats=1)
+    training.compare(*small, repeats=1)
 
 
 def test_training_benchmark_without_torch_leaves_its_column_empty(
   small, monkeypatch
 ):
+  monkeypatch.setattr(training, "jax_trainer", instead_of_jax)
   monkeypatch.setattr(measure, "absent", lambda *names: list(names))
   report = training.compare(*small, repeats=1)
   assert report["packing"]["jax"] > 0
