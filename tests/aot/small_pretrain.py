@@ -20,7 +20,7 @@ def get_config():
     hidden_size=896,  # 112 a device, as at full size: no multiple of 128 lanes
     intermediate_size=1024,
     num_attention_heads=7,
-    num_key_value_heads=1,
+    num_key_value_heads=7,  # one head alone is laid out by its width
     num_hidden_layers=4,
     num_mm_adap_layers=1,
     num_mm_head_layers=1,
