@@ -34,7 +34,8 @@ def token_loss(
   """Cross-entropy of targets under softmax(head . hidden).
 
   Logits are in float32 and exist for `chunk` positions of a row at a time, in
-  the backward pass too; the gradient of the head is added up in float32.
+  the backward pass too (made again there if there are several chunks); the
+  gradient of the head is added up in float32.
 
   Args:
     hidden_BTD: normed hidden states, in the dtype of the matmul.
@@ -47,7 +48,6 @@ def token_loss(
   # what a single chunk adds.
   head_VD = head_VD.astype(jnp.float32)
 
-  @jax.checkpoint
   def run(total, inputs):
     hidden, targets, weights = inputs
     logits_BtV = jnp.einsum(
@@ -71,7 +71,7 @@ def token_loss(
   if chunk * parts >= T or T % parts:
     return run(zero, inputs)[0]
   inputs = jax.tree.map(lambda x: split_runs(x, 1, chunk), inputs)
-  return jax.lax.scan(run, zero, inputs)[0]
+  return jax.lax.scan(jax.checkpoint(run), zero, inputs)[0]
 
 
 class JointLoss(NamedTuple):
