@@ -2,7 +2,8 @@
 
   xomni train --config=configs/tokenizer.py:tiny --workdir=runs/tokenizer
 
-draws its data and starts from random weights: about 8 minutes on 2 CPU cores.
+draws its data and starts from random weights: about 7 minutes on 2 CPU cores
+(0.9 of held-out answers' tokens after 1750 of its 3000 steps).
 
   xomni train --config=configs/tokenizer.py:7b --workdir=gs://bucket/tokenizer \
     --config.init.model=X-Omni --config.init.qwen=Qwen/Qwen2.5-1.5B
@@ -109,7 +110,7 @@ def _full():
       "text_len": 256,
       # The released class's 2 makes the softmax over 16,384 unit vectors flat:
       # squared distances span 4. Chosen at the tiny size.
-      "temperature": 0.05,
+      "temperature": 0.03,
       "entropy": 0.05,
       "commitment": 0.25,  # the released class's
       "skip": 0.1,  # of the paper
