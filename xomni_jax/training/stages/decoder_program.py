@@ -178,7 +178,7 @@ def _loss(cfg, arch, scheduler):
       / shares[i]
       for i in range(_QUARTERS)
     }
-    return value, {"decoder/loss": value, **metrics}
+    return value, metrics
 
   return loss
 

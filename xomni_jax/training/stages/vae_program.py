@@ -43,8 +43,7 @@ def program(cfg: TrainConfig, arch: Architecture) -> Program:
       + opts.edges * terms["edges"]
       + opts.kl * terms["kl"]
     )
-    metrics = {f"vae/{name}": x for name, x in terms.items()}
-    return value, metrics | {"vae/loss": value}
+    return value, {f"vae/{name}": x for name, x in terms.items()}
 
   side, rows = opts.crop, cfg.global_batch
   shape = jax.ShapeDtypeStruct
