@@ -48,9 +48,8 @@ def test_processes_share_out_the_same_global_batches(tmp_path):
       assert ours.tobytes() == x.tobytes(), (step, name)
 
 
-@pytest.mark.parametrize(
-  "counts", [(1, 2), pytest.param((2, 1, 2), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # connected processes wait for one another: minutes
+@pytest.mark.parametrize("counts", [(1, 2), (2, 1, 2)])
 def test_runs_go_on_with_other_numbers_of_processes(folder, counts):
   workdir = folder / f"by-{counts}"
   # Pictures are due at the end, when there are two processes.
