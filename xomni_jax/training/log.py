@@ -12,9 +12,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from xomni_jax.errors import InputError
 from xomni_jax.training.report import start_report
@@ -33,7 +30,7 @@ class Log:
     self._folder = pathlib.Path(workdir) / "tensorboard"
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
     self._is_main = is_main
-    self._events: EventsWriter | None = None
+    self._events = None  # tensorboardX's EventsWriter
 
   def cut(self, step: int) -> None:
     """Forgets what was logged of later steps: the run goes on from `step`.
@@ -43,6 +40,10 @@ class Log:
     """
     if not self._is_main:
       return
+    # Here, since tensorboardX imports torch where it is installed (3 s).
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
     try:
       self._folder.mkdir(parents=True, exist_ok=True)
       kept = [x for x in _lines(self._path) if json.loads(x)["step"] <= step]
@@ -77,7 +78,7 @@ class Log:
       with self._path.open("a", encoding="utf-8") as f:
         f.write(json.dumps(record, allow_nan=False) + "\n")
       for name, value in values.items():
-        self._summary(step, summary.scalar(name, value))
+        self._summary(step, "scalar", name, value)
     except OSError as e:
       raise self._failed(e) from e
 
@@ -85,12 +86,12 @@ class Log:
     """Shows a picture in TensorBoard."""
     if self._is_main:
       pixels = np.asarray(image.convert("RGB"))
-      self._summary(step, summary.image(tag, pixels, dataformats="HWC"))
+      self._summary(step, "image", tag, pixels, dataformats="HWC")
 
   def text(self, step: int, tag: str, text: str) -> None:
     """Shows a text (Markdown) in TensorBoard."""
     if self._is_main:
-      self._summary(step, summary.text(tag, text))
+      self._summary(step, "text", tag, text)
 
   def line(self, text: str) -> None:
     """Prints on standard output."""
@@ -106,7 +107,11 @@ class Log:
       except OSError as e:
         raise self._failed(e) from e
 
-  def _summary(self, step, value):
+  def _summary(self, step, kind, *args, **how):
+    from tensorboardX import summary
+    from tensorboardX.proto.event_pb2 import Event
+
+    value = getattr(summary, kind)(*args, **how)
     try:
       self._write(Event(step=step, summary=value))
     except OSError as e:
