@@ -18,8 +18,8 @@ from tests import helpers
 from xomni_jax import mesh as mesh_lib
 from xomni_jax.config import Compute
 from xomni_jax.config_files import load_architecture
+from xomni_jax.stage_options import ARTrainOptions
 from xomni_jax.train_config import (
-  ARTrainOptions,
   CheckpointConfig,
   DataConfig,
   InitConfig,

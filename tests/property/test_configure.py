@@ -6,10 +6,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests import helpers
-from xomni_jax import train_config
 from xomni_jax.errors import InputError
 from xomni_jax.mesh import fill, make_mesh
 from xomni_jax.params import flatten
+from xomni_jax.stage_options import OPTIONS
 from xomni_jax.training import build, configure
 from xomni_jax.training.command import connect
 from xomni_jax.training.layout import make_layout
@@ -169,4 +169,4 @@ def test_missing_and_failing_config_files_are_refused(tmp_path):
 
 
 def test_options_of_every_stage_have_a_dataclass():
-  assert set(train_config.OPTIONS) == set(STAGES)
+  assert set(OPTIONS) == set(STAGES)

@@ -9,8 +9,8 @@ import pytest
 from xomni_jax import mesh as mesh_lib
 from xomni_jax.config import Compute
 from xomni_jax.params import Row
+from xomni_jax.stage_options import ARTrainOptions
 from xomni_jax.train_config import (
-  ARTrainOptions,
   CheckpointConfig,
   DataConfig,
   InitConfig,

@@ -10,10 +10,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from xomni_jax import config as config_lib
-from xomni_jax import train_config
 from xomni_jax.config import Architecture
 from xomni_jax.config_files import architecture, read_config
 from xomni_jax.errors import InputError
+from xomni_jax.stage_options import OPTIONS
 from xomni_jax.train_config import TrainConfig
 
 # Sections that are no field of TrainConfig.
@@ -86,10 +86,9 @@ def parse(config: ConfigDict, where: str) -> tuple[TrainConfig, Architecture]:
   if unknown:
     raise InputError(f"{where}: unknown sections {', '.join(unknown)}")
   stage = values.get("stage")
-  if stage not in train_config.OPTIONS:
+  if stage not in OPTIONS:
     raise InputError(
-      f"{where}: stage is {stage!r}, expected one of "
-      f"{', '.join(train_config.OPTIONS)}"
+      f"{where}: stage is {stage!r}, expected one of {', '.join(OPTIONS)}"
     )
   own = {k: v for k, v in values.items() if k not in _BESIDES}
   # By name, since a ConfigDict is sorted: "1_vision", "2_all", ...
@@ -98,9 +97,7 @@ def parse(config: ConfigDict, where: str) -> tuple[TrainConfig, Architecture]:
     for name, phase in sorted(dict(own.get("phases") or {}).items())
   ]
   own["mesh"] = tuple(sorted(dict(own.get("mesh") or {}).items()))
-  options = build(
-    train_config.OPTIONS[stage], own.pop("options", None), f"{where}: options"
-  )
+  options = build(OPTIONS[stage], own.pop("options", None), f"{where}: options")
   parsed = build(TrainConfig, {**own, "options": options}, where)
   return parsed, architecture(config.architecture, f"{where}: architecture")
 
