@@ -11,6 +11,8 @@ import types
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import (
   AbstractMesh,
@@ -82,6 +84,13 @@ def make_mesh(
       f"mesh of {count} of {len(devices)} devices is no block of the slice; "
       f"use all {len(devices)}"
     ) from None
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+  """The whole of an array, on the host of every process; all call it."""
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  return multihost_utils.process_allgather(x, tiled=True)
 
 
 def fill(sizes: Mapping[str, int], count: int) -> dict[str, int]:

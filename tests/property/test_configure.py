@@ -72,9 +72,30 @@ def test_overrides_change_what_is_there():
   assert cfg.report.profile == (3, 5) and cfg.optim.weight_decay == 0.0
 
 
+def test_overrides_reach_what_a_section_leaves_at_its_default():
+  config = read("tokenizer")
+  assert "profile" not in config.report and "fsdp" not in config.mesh
+  configure.override(
+    config,
+    [
+      "report.profile=(3, 5)",
+      "mesh.fsdp=-1",
+      "optim.eps=1e-6",
+      "phases.1_all.lr_scale=2",
+      "eval_data.max_bad_rate=0.5",
+    ],
+  )
+  cfg, _ = configure.parse(config, "tokenizer")
+  assert cfg.report.profile == (3, 5) and dict(cfg.mesh)["fsdp"] == -1
+  assert cfg.optim.eps == 1e-6 and cfg.phases[0].lr_scale == 2.0
+  assert cfg.eval_data.max_bad_rate == 0.5
+
+
 @pytest.mark.parametrize(
   ("setting", "says"),
   [
+    ("mesh.rows=2", "names no setting"),
+    ("optim.eps=small", "expected a float such as 1e-08"),
     ("optim.learning_rate=1", "names no setting"),
     ("optim.lr", "names no setting"),
     ("optim=1", "is a section, change one of"),

@@ -234,19 +234,29 @@ class BadRecords:
     """
     self.bad = self.total = 0
     self._max_rate, self._log = max_rate, log
+    self._last = "see above"
     self._recent: collections.deque[tuple[int, int]] = collections.deque()
 
   def add(self, bad: Sequence[str], good: int) -> None:
-    """Counts `rows.bad` and `rows.good`; raises InputError above the rate.
+    """`show` and `count` of `rows.bad` and `rows.good`."""
+    self.show(bad)
+    self.count(len(bad), good)
+
+  def show(self, bad: Sequence[str]) -> None:
+    """Logs a line for each bad record."""
+    for line in bad:
+      self._last = line
+      self._log(f"bad record, passed over: {line}")
+
+  def count(self, bad: int, good: int) -> None:
+    """Counts records; raises InputError above the rate.
 
     It raises as soon as `LAST` records would be above it, were all of those
     still to come good.
     """
-    for line in bad:
-      self._log(f"bad record, passed over: {line}")
-    self._recent.append((len(bad), len(bad) + good))
-    self.bad += len(bad)
-    self.total += len(bad) + good
+    self._recent.append((bad, bad + good))
+    self.bad += bad
+    self.total += bad + good
     total = sum(t for _, t in self._recent)
     while total - self._recent[0][1] >= LAST:
       total -= self._recent.popleft()[1]
@@ -255,5 +265,5 @@ class BadRecords:
       raise InputError(
         f"{recent} of the last {total} records are bad, expected at most "
         f"{self._max_rate:.2%} of {max(total, LAST)} (data.max_bad_rate); "
-        f"the last one: {bad[-1] if bad else 'see above'}"
+        f"the last one: {self._last}"
       )

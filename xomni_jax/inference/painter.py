@@ -12,6 +12,7 @@ from xomni_jax.config import Compute
 from xomni_jax.data import encoder_ids
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint, flow
+from xomni_jax.mesh import to_host
 from xomni_jax.models import text_encoders, vae
 
 
@@ -95,7 +96,7 @@ class Painter:
       cfg=self.cfg.vae,
       compute=self._compute,
     )
-    return np.asarray(image[0])
+    return to_host(image)[0]
 
   def embed(self, prompts: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
     """T5 features [n, T, E] and pooled CLIP vectors [n, P] of prompts."""

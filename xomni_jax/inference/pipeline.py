@@ -19,7 +19,7 @@ from xomni_jax.inference import arguments, sampling
 from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference.painter import Painter
 from xomni_jax.inference.sampling import Drawn, Sampling
-from xomni_jax.mesh import describe
+from xomni_jax.mesh import describe, to_host
 from xomni_jax.models import ar, siglip, vq
 
 # Prompts are padded to a multiple of this, so that a new length seldom means a
@@ -105,7 +105,7 @@ class Model:
         quantiser=self.config.vq,
         compute=self.compute,
       )
-    return np.asarray(codes)
+    return to_host(codes)
 
   def decode(
     self,
@@ -283,6 +283,22 @@ class Model:
     if image is not None:
       content = f"{protocol.image_string(self.encode(image))}\n{question}"
     ids = self.tokenizer.encode(self.tokenizer.chat_prompt(content))
+    answer = self.continue_text(ids, how, max_new_tokens, seed=seed)
+    return self.tokenizer.text(answer)
+
+  def continue_text(
+    self, ids: Sequence[int], how: Sampling, max_new_tokens: int, *, seed=0
+  ) -> list[int]:
+    """Text tokens that follow, up to the one that ends the text.
+
+    Args:
+      ids: joint ids, of images too.
+      how: tokens are drawn.
+      max_new_tokens: length limit.
+      seed: of the draws.
+    Raises:
+      InputError: more tokens than the model has positions.
+    """
     arguments.fits_positions(len(ids) + max_new_tokens, self.config.ar)
     # Rounded up to whole runs, so that another limit is no other program.
     runs = -(-max_new_tokens // _TEXT_RUN)
@@ -292,7 +308,7 @@ class Model:
       self._bar(None, "answering", "token", max_new_tokens) as bar,
     ):
       state = self._prefill(
-        [ids], sampling.sequence_keys(seed, 1), runs * _TEXT_RUN, (1,)
+        [list(ids)], sampling.sequence_keys(seed, 1), runs * _TEXT_RUN, (1,)
       )
       for _ in range(runs):
         state, new, made = sampling.text_steps(
@@ -304,14 +320,14 @@ class Model:
           steps=_TEXT_RUN,
           ends=self.config.eos_token_ids,
         )
-        tokens += np.asarray(new[0, : int(made)]).tolist()
+        tokens += to_host(new)[0, : int(made)].tolist()
         bar.update(int(made))
         if state.done.all():
           break
     tokens = tokens[:max_new_tokens]
     if tokens[-1] in self.config.eos_token_ids:
       tokens.pop()
-    return self.tokenizer.text(tokens)
+    return tokens
 
   def logits(self, tokens, mode: str = "text", mask=None) -> np.ndarray:
     """Next-token logits at every position.
@@ -331,7 +347,7 @@ class Model:
     if mode not in ("text", "image"):
       raise InputError(f"mode is {mode!r}, expected 'text' or 'image'")
     with jax.set_mesh(self.mesh):
-      return np.asarray(
+      return to_host(
         _logits(
           self.params["ar"],
           tokens,
@@ -367,14 +383,17 @@ class Model:
           new.token.block_until_ready()  # the bar shows work done, not queued
           bar.update(new.token.size)
       return Drawn(
-        *(np.concatenate(x, axis=1) for x in zip(*drawn, strict=True))
+        *(
+          np.concatenate([to_host(x) for x in parts], axis=1)
+          for parts in zip(*drawn, strict=True)
+        )
       )
 
   def _paint_all(self, codes, batch, keys) -> list[Image.Image]:
     """An image for each of codes [n, h, w], the rows of a batch of prompts."""
     # The decoder reads a prompt as the vocabulary spells it.
     texts = [self.tokenizer.text(ids) for ids in batch]
-    seeds = np.asarray(jax.vmap(jax.random.bits)(keys))
+    seeds = to_host(jax.vmap(jax.random.bits)(keys))
     each = len(codes) // len(batch)
     return [
       Image.fromarray(self.decode(c, texts[i // each], seed=int(seeds[i])))

@@ -13,8 +13,9 @@ from xomni_jax import config as config_lib
 from xomni_jax.config import Architecture
 from xomni_jax.config_files import architecture, read_config
 from xomni_jax.errors import InputError
+from xomni_jax.mesh import AXES
 from xomni_jax.stage_options import OPTIONS
-from xomni_jax.train_config import TrainConfig
+from xomni_jax.train_config import Phase, TrainConfig
 
 # Sections that are no field of TrainConfig.
 _BESIDES = ("architecture", "lm", "transform", "decoder")
@@ -29,8 +30,8 @@ def read(spec: str) -> ConfigDict:
 def override(config: ConfigDict, settings: Sequence[str]) -> None:
   """Changes a config in place by "a.b=value" strings.
 
-  A value is read as Python where it can be, else as text. Only what is there
-  can be changed; below `init` and `data` lie paths.
+  A value is read as Python where it can be, else as text. What a section
+  leaves at its default can be changed, too.
 
   Raises:
     InputError: lists every setting that is unknown or of another type.
@@ -42,14 +43,18 @@ def override(config: ConfigDict, settings: Sequence[str]) -> None:
     node = config
     for name in parents:
       node = node.get(name, None) if isinstance(node, ConfigDict) else None
-    if not equals or not isinstance(node, ConfigDict) or last not in node:
+    known = isinstance(node, ConfigDict) and {
+      **_defaults(config, parents),
+      **node,
+    }
+    if not equals or not known or last not in known:
       problems.append(f"{setting!r} names no setting")
       continue
     try:
       value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
       value = text
-    old = node[last]
+    old = known[last]
     if isinstance(old, ConfigDict):
       problems.append(f"{path} is a section, change one of {', '.join(old)}")
       continue
@@ -69,6 +74,30 @@ def override(config: ConfigDict, settings: Sequence[str]) -> None:
     raise InputError(
       f"config: {'; '.join(problems)}; sections are {', '.join(config)}"
     )
+
+
+def _defaults(config: ConfigDict, parents: Sequence[str]) -> dict[str, Any]:
+  """{setting: default} of a section."""
+  match parents:
+    case ["mesh"]:
+      return dict.fromkeys(AXES, 1)
+    case ["options"]:
+      cls = OPTIONS.get(config.get("stage"))
+    case ["phases", _]:
+      cls = Phase
+    case [name]:
+      cls = typing.get_type_hints(TrainConfig).get(name)
+    case _:
+      return {}
+  kinds = [
+    k for k in (cls, *typing.get_args(cls)) if dataclasses.is_dataclass(k)
+  ]
+  return {
+    f.name: f.default
+    for kind in kinds
+    for f in dataclasses.fields(kind)
+    if f.default is not dataclasses.MISSING
+  }
 
 
 def parse(config: ConfigDict, where: str) -> tuple[TrainConfig, Architecture]:

@@ -6,6 +6,7 @@ batch, its randomness, its phase. So the state of a run is the arrays of
 """
 
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +80,10 @@ def train(
       log.close()
 
 
+def _complain(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
+
+
 class _Run:
   """One process's view of a run; its arrays are in `state` and `frozen`."""
 
@@ -106,11 +111,10 @@ class _Run:
     )
     if self.step:
       log.line(f"resumed at step {self.step} of {cfg.steps}")
-    # Samplers and painters read their results on one host.
-    self.preview = stage.preview if jax.process_count() == 1 else None
-    if stage.preview is not self.preview:
-      log.line("no pictures: they are made by a single process only")
-    self.bad = BadRecords(cfg.data.max_bad_rate, log.line)
+    # Each process sees records of its own, and only the first one logs.
+    say = log.line if jax.process_index() == 0 else _complain
+    self.bad = BadRecords(cfg.data.max_bad_rate, say)
+    self.uncounted = np.zeros(2, np.int64)  # records: bad, good
     self.pending: dict[str, Any] | None = None
     self.compiled: dict[frozenset[str], Any] = {}
     self.meter = Meter(cfg, stage, layout, self.step)
@@ -143,7 +147,7 @@ class _Run:
         self._profile()
         with self.meter.waiting():
           rows = next(rows_of)
-        self.bad.add(rows.bad, rows.good)
+        self._count(rows)
         batch = step_lib.place_batch(rows.arrays, self.layout.mesh)
         lr = optim.rate(cfg.phases[phase], cfg.optim.lr, self.step - first)
         self.state, metrics = train_step(
@@ -166,6 +170,20 @@ class _Run:
       rows_of.close()
     return False
 
+  def _count(self, rows) -> None:
+    """Bad records stop a run, at once if there is one process."""
+    self.bad.show(rows.bad)
+    self.uncounted += len(rows.bad), rows.good
+    if jax.process_count() == 1:
+      self._judge_records()
+
+  def _judge_records(self) -> None:
+    """Of all processes together, or one would stop and the others wait."""
+    counts, self.uncounted = self.uncounted, np.zeros(2, np.int64)
+    if jax.process_count() > 1:
+      counts = multihost_utils.process_allgather(counts).sum(axis=0)
+    self.bad.count(*map(int, counts))
+
   def _step(self, phase: int):
     """The compiled step; phases that train the same share it."""
     active = self.layout.active[phase]
@@ -182,11 +200,12 @@ class _Run:
     metrics, self.pending = jax.device_get(self.pending), None
     wrong = [
       name
-      for name in ("loss", "grad_norm")
+      for name in ("loss", "grad_norm", "param_norm")
       if not np.isfinite(metrics[name]).all()
     ]
     every = self.cfg.report.log_every
     if wrong or self.step % every == 0 or self.step == self.cfg.steps:
+      self._judge_records()
       name = self.cfg.phases[self.cfg.phase_at(self.step - 1)[0]].name
       self._log(metrics, name)
     if wrong:
@@ -205,7 +224,8 @@ class _Run:
     }
     speed = self.meter.read(self.step)
     self.log.scalars(self.step, {**values, **speed.scalars})
-    shown = {n: v for n, v in values.items() if not n.endswith("/lr")}
+    hidden = ("/lr", "/param_norm")
+    shown = {n: v for n, v in values.items() if not n.endswith(hidden)}
     self.log.line(
       log_lib.progress_line(
         self.step,
@@ -235,11 +255,11 @@ class _Run:
       self.log.line(
         "  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items())
       )
-    if due(report.preview_every) and self.preview is not None:
+    if due(report.preview_every) and self.stage.preview is not None:
       self._read()
       with self.meter.paused():
-        made = self.preview(self._params(), self.step)
-        if made:
+        made = self.stage.preview(self._params(), self.step)
+        if made and jax.process_index() == 0:
           image = pictures.grid(made)
           pictures.save(self.workdir, self.step, "samples", image)
           self.log.image(self.step, "samples", image)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from xomni_jax import mesh as mesh_lib
@@ -122,6 +123,8 @@ def train_step(
       **program.summarise(metrics),
       "loss": loss,
       "grad_norm": norm,
+      # Not finite where the update was not, which no loss has seen yet.
+      "param_norm": optax.global_norm({path: params[path] for path in active}),
       "lr": lr,
     }
     state = {

@@ -8,12 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from PIL import Image
 
 from xomni_jax.checkpoints import released
 from xomni_jax.config import Architecture
-from xomni_jax.data import images, pipeline, protocol, records
+from xomni_jax.data import images, pipeline, protocol, records, sequences
+from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint as checkpoint_lib
-from xomni_jax.inference import fresh, loading, qwen
+from xomni_jax.inference import fresh, loading, qwen, sampling
 from xomni_jax.models import ar
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import flops, losses
@@ -28,6 +31,7 @@ from xomni_jax.training.stage import (
 )
 
 _PREVIEWS = 4
+_ANSWER = 64  # tokens at most
 
 
 def program(cfg: TrainConfig, arch: Architecture) -> Program:
@@ -156,7 +160,10 @@ def stage(
 
 
 class _Preview:
-  """Images for some prompts: painted, or their codes as colours."""
+  """Images for some prompts, and what the model reads in held-out images.
+
+  Images are painted where there is a decoder, else shown as colours of codes.
+  """
 
   def __init__(self, cfg: TrainConfig, opened: checkpoint_lib.Checkpoint):
     self._cfg, self._opened = cfg, opened
@@ -173,20 +180,40 @@ class _Preview:
         jax.tree.leaves(params)[0].sharding.mesh,
       )
       self._prompts = self._some_prompts()
+      self._read = self._some_to_read()
     model, (h, w) = self._model, cfg.options.preview_size
     model.params["ar"] = params["ar"]
     px = model.pixels_per_token
     drawn = model.generate(
-      self._prompts, (h * px, w * px), seed=step, decode=bool(cfg.init.flux)
+      self._prompts, (h * px, w * px), seed=step, decode=False
     )
-    shown = drawn.images or [
-      images.codes_picture(codes, model.config.vq.codebook_size, px)
-      for codes in drawn.codes
-    ]
     return [
-      Picture(image, prompt)
-      for image, prompt in zip(shown, self._prompts, strict=True)
+      *(
+        Picture(self._picture(codes, prompt), prompt)
+        for codes, prompt in zip(drawn.codes, self._prompts, strict=True)
+      ),
+      *(
+        Picture(
+          self._picture(codes, wanted),
+          f"read: {self._answer(asked)}\nis: {wanted}",
+        )
+        for codes, asked, wanted in self._read
+      ),
     ]
+
+  def _picture(self, codes: np.ndarray, text: str) -> Image.Image:
+    model = self._model
+    if self._cfg.init.flux:
+      return Image.fromarray(model.decode(codes, text))
+    return images.codes_picture(
+      codes, model.config.vq.codebook_size, model.pixels_per_token
+    )
+
+  def _answer(self, asked) -> str:
+    answer = self._model.continue_text(
+      asked, sampling.Sampling(greedy=True), _ANSWER
+    )
+    return self._model.tokenizer.text(answer)
 
   def _some_prompts(self) -> list[str]:
     """Of the first records that have one."""
@@ -198,4 +225,29 @@ class _Preview:
         for i in range(min(_PREVIEWS, len(source))):
           record = source[i]
           found.append(record.get("prompt") or record["text"])
+    return found[:_PREVIEWS]
+
+  def _some_to_read(self) -> list[tuple[np.ndarray, np.ndarray, str]]:
+    """(codes, tokens up to the answer, answer), where reading is trained."""
+    tasks = {source.task for source in self._cfg.data.sources}
+    tasks = sorted(tasks & {"image_to_text", "chat"})
+    tokenizer, found = self._model.tokenizer, []
+    for source_cfg in (self._cfg.eval_data or self._cfg.data).sources:
+      source = records.open_source(source_cfg)
+      for i in range(min(_PREVIEWS, len(source)) if tasks else 0):
+        record, task = source[i], tasks[i % len(tasks)]
+        try:
+          tokens, weights = sequences.sample(
+            record, task, tokenizer, np.random.default_rng(i)
+          )
+        except InputError:  # of another kind: nothing to read, or to say of it
+          continue
+        # A caption begins behind the image, an answer where it counts.
+        first = (
+          tokens.tolist().index(tokenizer.eom_id) + 1
+          if task == "image_to_text"
+          else int(weights.argmax())
+        )
+        answer = tokenizer.text(tokens[first:-1].tolist())
+        found.append((record["codes"], tokens[:first], answer))
     return found[:_PREVIEWS]

@@ -19,6 +19,7 @@ from xomni_jax.data import pipeline, protocol, records
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference import fresh, qwen
+from xomni_jax.mesh import to_host
 from xomni_jax.models import lm, vq
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import codebook, step
@@ -243,7 +244,7 @@ class _Preview:
     )
     tokens[:, : len(asked)] = asked
     pixels = np.stack([np.asarray(image) for image in self._shown])
-    out = jax.device_get(self._answers(params, pixels, tokens, len(asked)))
+    out = to_host(self._answers(params, pixels, tokens, len(asked)))
     return [
       Picture(image, rows.tokenizer.text(ids[len(asked) :]))
       for image, ids in zip(self._shown, out, strict=True)

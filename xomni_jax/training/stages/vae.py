@@ -19,6 +19,7 @@ from xomni_jax.checkpoints import released
 from xomni_jax.config import Architecture, VAEConfig
 from xomni_jax.data import pipeline, records
 from xomni_jax.inference import flux1, fresh
+from xomni_jax.mesh import to_host
 from xomni_jax.models import vae
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import pixels
@@ -127,7 +128,7 @@ class _Preview:
       self._shown = self._some_images()
     found = []
     for name, image in self._shown:
-      made = np.asarray(self._rebuild(params["vae"], image[None])[0])
+      made = to_host(self._rebuild(params["vae"], image[None]))[0]
       both = np.concatenate([image, made], axis=1)
       found.append(Picture(Image.fromarray(both), name))
     return found
