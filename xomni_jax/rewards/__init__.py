@@ -1,0 +1,1 @@
+"""Rewards of generated images: asked, counted, combined, without jax."""
