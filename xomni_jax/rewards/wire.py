@@ -78,6 +78,9 @@ class Limits(NamedTuple):
   pixels: int = 2048 * 2048
 
 
+LIMITS = Limits()
+
+
 class TooLargeError(InputError):
   """A request above the limits as a whole (HTTP status 413)."""
 
@@ -121,7 +124,7 @@ def to_json(items: Sequence[Item], request_id: str = "") -> bytes:
 
 
 def items_from_json(
-  body: bytes, limits: Limits = Limits()
+  body: bytes, limits: Limits = LIMITS
 ) -> tuple[str, list[Item | Score]]:
   """The request's id and its items; a Score where one item can't be read.
 
@@ -219,6 +222,10 @@ def _problem(entry):
     return "a model_rev that is no string"
   if not isinstance(ok, bool) or "score" not in entry:
     return "no ok or no score"
+  try:
+    json.dumps(entry.get("raw"), allow_nan=False)
+  except (TypeError, ValueError, RecursionError):
+    return "a raw that is no JSON"
   if not ok:
     good = score is None and isinstance(kind, str) and kind not in ("", ABSENT)
     return "" if good else "a failure without error_kind, or with a score"
@@ -228,10 +235,6 @@ def _problem(entry):
     return f"ok together with error_kind {str(kind)[:40]!r}"
   if not is_finite_number(score):
     return f"score {str(score)[:40]}, expected a finite number"
-  try:
-    json.dumps(entry.get("raw"), allow_nan=False)
-  except (TypeError, ValueError, RecursionError):
-    return "a raw that is no JSON"
   return ""
 
 
