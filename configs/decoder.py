@@ -16,11 +16,11 @@ is for one slice of 256 chips (v5e:16x16): about a week. `xomni plan
 
 from ml_collections import ConfigDict
 
-from xomni_jax.config_files import model_sizes
+from xomni_jax.config_files import model_sections
 
 
 def get_config(size: str = "7b") -> ConfigDict:
-  """Sections as in `xomni_jax.train_config.TrainConfig`."""
+  """As `xomni_jax.train_config.TrainConfig`, whose defaults go unsaid."""
   sizes = {"7b": _full, "tiny": _tiny}
   if size not in sizes:
     raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
@@ -35,7 +35,6 @@ def _full():
   data = {
     "window": 8192,  # records that are sorted into aspect buckets together
     "workers": 8,
-    "max_bad_rate": 0.01,
     "text_backend": "tensorflow_text",
   }
   return {
@@ -48,7 +47,6 @@ def _full():
         "steps": 5000,
         "train": ("flux/siglip_embed/", "flux/single/"),
         "warmup_steps": 500,
-        "decay": "constant",
       },
       "2_all": {
         "steps": 50_000,
@@ -72,35 +70,23 @@ def _full():
       "prompt_dropout": 0.0,
       "sources": (_source("data/held_out"),),
     },
-    "init": {"model": "", "flux": "", "qwen": "", "tokenizer": ""},
+    "init": {},
     "optim": {
       "lr": 1e-4,
-      "b1": 0.9,
-      "b2": 0.95,
-      "eps": 1e-8,
-      "weight_decay": 0.0,
-      "clip_norm": 1.0,
-      "accumulate": 1,
-      "ema": 0.0,
     },
     "checkpoint": {
       "every": 1000,
-      "keep_last": 2,
       "keep_every": 10_000,
-      "export": True,
     },
     "report": {
-      "log_every": 10,
       "eval_every": 1000,
       "eval_batches": 8,
       "preview_every": 1000,
-      "profile": (0, 0),
     },
     "compute": {
       "dtype": "bfloat16",
       "scan_layers": True,
       "remat": "full",
-      "attention": "chunked",
       "query_chunk": 512,
     },
     # fsdp above 32 makes shards of a width of 3072 that are no multiple of a
@@ -115,20 +101,7 @@ def _full():
       "text_len": 512,  # FLUX.1-dev's
       "preview_steps": 16,
     },
-    "architecture": model_sizes("7b"),
-    "transform": {  # the released model's
-      "short_size": 384,
-      "long_size": 1152,
-      "patch_size": 16,
-      "min_short_size": 128,
-      "max_aspect_ratio": 3.0,
-      "filtering": False,
-    },
-    "decoder": {
-      "upscale_factor": 16,
-      "num_inference_steps": 28,
-      "cfg_scale": 1.0,
-    },
+    **model_sections("7b"),
   }
 
 
@@ -137,8 +110,6 @@ def _tiny():
   config = _full()
   data = {
     "window": 1024,
-    "workers": 0,
-    "text_backend": "tokenizers",
   }
   config |= {
     "global_batch": 16,
@@ -170,26 +141,14 @@ def _tiny():
       "eval_every": 250,
       "eval_batches": 8,
       "preview_every": 500,
-      "profile": (0, 0),
     },
     "compute": {
       "dtype": "float32",
       "scan_layers": False,
-      "remat": "none",
-      "attention": "chunked",
-      "query_chunk": 1024,
     },
     "mesh": {"data": -1},
     "frozen_dtype": "float32",
-    "architecture": model_sizes("world"),
-    "transform": {
-      "short_size": 96,
-      "long_size": 96,
-      "patch_size": 16,
-      "min_short_size": 32,
-      "max_aspect_ratio": 3.0,
-      "filtering": False,
-    },
+    **model_sections("world"),
   }
   config["optim"] |= {"lr": 2e-3, "b2": 0.98, "weight_decay": 0.01}
   config["checkpoint"] |= {"every": 500, "keep_every": 0}

@@ -92,6 +92,20 @@ def _full():
       "relative_attention_max_distance": 128,
       "layer_norm_epsilon": 1e-6,
     },
+    # What a model folder says besides.
+    "transform": {
+      "short_size": 384,
+      "long_size": 1152,
+      "patch_size": 16,
+      "min_short_size": 128,
+      "max_aspect_ratio": 3.0,
+      "filtering": False,
+    },
+    "decoder": {
+      "upscale_factor": 16,
+      "num_inference_steps": 28,
+      "cfg_scale": 1.0,
+    },
   }
 
 
@@ -193,6 +207,11 @@ def _world():
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 48,  # captions take up to 37
+  }
+  config["transform"] |= {
+    "short_size": 96,
+    "long_size": 96,
+    "min_short_size": 32,
   }
   config["t5"] |= {
     "vocab_size": 384,

@@ -22,7 +22,7 @@ _PRETRAIN = str(pathlib.Path(__file__).with_name("pretrain.py"))
 
 
 def get_config(size: str = "7b") -> ConfigDict:
-  """Sections as in `xomni_jax.train_config.TrainConfig`."""
+  """As `xomni_jax.train_config.TrainConfig`, whose defaults go unsaid."""
   sizes = {"7b": _full, "tiny": _tiny}
   if size not in sizes:
     raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")

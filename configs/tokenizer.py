@@ -11,32 +11,21 @@ draws its data and starts from random weights: about 7 minutes on 2 CPU cores
 is for one v5e:16x16 slice: by its operations half a day at 40 % of peak.
 """
 
-import importlib.util
-import pathlib
-
 from ml_collections import ConfigDict
+
+from xomni_jax.config_files import model_sections
 
 
 def get_config(size: str = "7b") -> ConfigDict:
-  """Sections as in `xomni_jax.train_config.TrainConfig`."""
+  """As `xomni_jax.train_config.TrainConfig`, whose defaults go unsaid."""
   sizes = {"7b": _full, "tiny": _tiny}
   if size not in sizes:
     raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
   return ConfigDict(sizes[size]())
 
 
-def _model(size):
-  """Sections of configs/model.py."""
-  path = pathlib.Path(__file__).with_name("model.py")
-  found = importlib.util.spec_from_file_location("model", path)
-  module = importlib.util.module_from_spec(found)
-  found.loader.exec_module(module)
-  return module.get_config(size).to_dict()
-
-
 def _full():
   data = {
-    "seq_len": 0,
     "window": 8192,  # records that are sorted into aspect buckets together
     "workers": 8,
     "text_backend": "tensorflow_text",
@@ -71,21 +60,13 @@ def _full():
       "shuffle": False,
       "sources": ({**source, "path": "data/held_out", "weight": 1.0},),
     },
-    "init": {"model": "", "flux": "", "qwen": "", "tokenizer": ""},
+    "init": {},
     "optim": {
       "lr": 1e-4,
-      "b1": 0.9,
-      "b2": 0.95,
-      "weight_decay": 0.0,
-      "clip_norm": 1.0,
-      "accumulate": 1,
-      "ema": 0.0,
     },
     "checkpoint": {
       "every": 1000,
-      "keep_last": 2,
       "keep_every": 20_000,
-      "export": True,
     },
     "report": {
       "log_every": 20,
@@ -98,7 +79,6 @@ def _full():
       "scan_layers": True,
       "remat": "full",
       # Splash knows no keys that all questions share.
-      "attention": "chunked",
       "query_chunk": 512,
     },
     # fsdp above 32 turns shards into no multiple of a tile.
@@ -125,7 +105,7 @@ def _full():
       "pixels": 0.0,
       "loss_chunk": 64,  # logits of 8 rows a device: 0.3 GiB
     },
-    "architecture": _model("7b"),
+    **model_sections("7b"),
     "lm": {  # Qwen2.5-1.5B, whose width is the ViT's
       "vocab_size": 151936,
       "hidden_size": 1536,
@@ -138,31 +118,16 @@ def _full():
       "max_position_embeddings": 32768,
       "tie_word_embeddings": True,
     },
-    "transform": {  # the released model's
-      "short_size": 384,
-      "long_size": 1152,
-      "patch_size": 16,
-      "min_short_size": 128,
-      "max_aspect_ratio": 3.0,
-      "filtering": False,
-    },
-    "decoder": {
-      "upscale_factor": 16,
-      "num_inference_steps": 28,
-      "cfg_scale": 1.0,
-    },
   }
 
 
 def _tiny():
   """Reads signs of the drawn world."""
   config = _full()
-  model = _model("world")
+  model = model_sections("world")
+  arch = model["architecture"]
   data = {
-    "seq_len": 0,
     "window": 1024,
-    "workers": 0,
-    "text_backend": "tokenizers",
   }
   source = {"task": "image", "weight": 1.0, "first": 0, "count": 0}
   config |= {
@@ -190,9 +155,6 @@ def _tiny():
     },
     "checkpoint": {
       "every": 500,
-      "keep_last": 2,
-      "keep_every": 0,
-      "export": True,
     },
     "report": {
       "log_every": 20,
@@ -203,16 +165,13 @@ def _tiny():
     "compute": {
       "dtype": "float32",
       "scan_layers": False,
-      "remat": "none",
-      "attention": "chunked",
-      "query_chunk": 1024,
     },
     "mesh": {"data": 1},
     "frozen_dtype": "float32",
-    "architecture": model,
+    **model,
     "lm": {
-      "vocab_size": model["ar"]["vocab_size"],
-      "hidden_size": model["vq"]["z_channels"],
+      "vocab_size": arch["ar"]["vocab_size"],
+      "hidden_size": arch["vq"]["z_channels"],
       "intermediate_size": 352,
       "num_hidden_layers": 2,
       "num_attention_heads": 4,
@@ -221,14 +180,6 @@ def _tiny():
       "rms_norm_eps": 1e-6,
       "max_position_embeddings": 4096,
       "tie_word_embeddings": True,
-    },
-    "transform": {
-      "short_size": 96,
-      "long_size": 96,
-      "patch_size": 16,
-      "min_short_size": 32,
-      "max_aspect_ratio": 3.0,
-      "filtering": False,
     },
   }
   config["optim"] |= {"lr": 3e-3, "b2": 0.98, "weight_decay": 0.01}

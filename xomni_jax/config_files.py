@@ -92,9 +92,18 @@ def load_architecture(spec: str | None) -> Architecture:
   return architecture(read_config(name, size), name)
 
 
-def model_sizes(size: str) -> dict[str, Any]:
-  """Sections of the repository's `configs/model.py`, for other configs."""
-  return read_config(str(_MODEL), size).to_dict()
+def model_sections(size: str) -> dict[str, Any]:
+  """The repository's `configs/model.py` as sections of a run's config.
+
+  Returns:
+    {"architecture": {part: sizes}, "transform": ..., "decoder": ...}.
+  """
+  sections = read_config(str(_MODEL), size).to_dict()
+  parts = {f.name for f in dataclasses.fields(Architecture)}
+  return {
+    "architecture": {k: v for k, v in sections.items() if k in parts},
+    **{k: v for k, v in sections.items() if k not in parts},
+  }
 
 
 def read_config(name: str, size: str = "") -> ConfigDict:

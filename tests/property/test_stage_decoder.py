@@ -23,6 +23,7 @@ from xomni_jax.training import configure
 from xomni_jax.training.stage import Context
 from xomni_jax.training.stages import decoder as stage_lib
 from xomni_jax.training.stages import decoder_program as lib
+from xomni_jax.training.stages.grids import Grids
 from xomni_jax.training.stages.painting_rows import PaintingRows
 
 GRID = (2, 3)
@@ -250,8 +251,7 @@ def rows(dropout=0.0, grids=(GRID,)):
   return PaintingRows(
     encoder_ids.load_clip_tokenizer(folder / "tokenizer"),
     T5Ids(folder / "tokenizer_2", 12),
-    grids,
-    16,
+    Grids(grids, 16),
     dropout,
   )
 
@@ -303,9 +303,9 @@ def test_decoder_rows_resize_as_the_tokenizer_does():
 
 def test_decoder_rows_go_to_the_nearest_shape():
   made = rows(grids=((4, 4), (3, 5), (5, 3)))
-  assert made.bucket_of(100, 100) == (4, 4)
-  assert made.bucket_of(900, 500) == (3, 5)
-  assert made.bucket_of(500, 900) == (5, 3)
+  of = made.grids.bucket_of
+  sides = ((100, 100), (900, 500), (500, 900), (120, 100))
+  assert [of(*s) for s in sides] == [(4, 4), (3, 5), (5, 3), (4, 4)]
   blank = made.blank((5, 3))
   row = made.prepare(record(), np.random.default_rng(0), (5, 3))
   assert {k: x.shape for k, x in row.items()} == {

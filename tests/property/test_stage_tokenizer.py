@@ -21,6 +21,7 @@ from xomni_jax.training import configure, loop
 from xomni_jax.training.stage import Context
 from xomni_jax.training.stages import tokenizer
 from xomni_jax.training.stages import tokenizer_program as lib
+from xomni_jax.training.stages.grids import Grids
 from xomni_jax.training.stages.questions import CAPTION, QuestionRows
 
 # Sums of about 1000 terms of order 1 in float32, added in another order.
@@ -64,7 +65,7 @@ def config(**options):
 @functools.cache
 def rows(length=160, grids=((6, 6),)):
   tok = protocol.load_tokenizer(GOLDEN / "xomni", 448, 64)
-  return QuestionRows(tok, LM.vocab_size, grids, 16, length)
+  return QuestionRows(tok, LM.vocab_size, Grids(grids, 16), length)
 
 
 @functools.cache
@@ -325,12 +326,6 @@ def test_bad_records_are_refused_in_one_line(change, says):
   with pytest.raises(InputError, match=says) as error:
     rows().prepare({**record(), **change}, np.random.default_rng(0), None)
   assert "\n" not in str(error.value)
-
-
-def test_bucket_is_the_nearest_shape():
-  of = rows(64, ((4, 4), (3, 6), (6, 3))).bucket_of
-  sides = ((100, 100), (200, 110), (110, 200), (130, 100))
-  assert [of(*s) for s in sides] == [(4, 4), (3, 6), (6, 3), (4, 4)]
 
 
 def test_kmeans_of_too_few_features_is_refused():

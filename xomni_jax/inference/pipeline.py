@@ -287,7 +287,13 @@ class Model:
     return self.tokenizer.text(answer)
 
   def continue_text(
-    self, ids: Sequence[int], how: Sampling, max_new_tokens: int, *, seed=0
+    self,
+    ids: Sequence[int],
+    how: Sampling,
+    max_new_tokens: int,
+    *,
+    seed: int = 0,
+    document: bool = False,
   ) -> list[int]:
     """Text tokens that follow, up to the one that ends the text.
 
@@ -296,10 +302,14 @@ class Model:
       how: tokens are drawn.
       max_new_tokens: length limit.
       seed: of the draws.
+      document: the end of a document ends it too, not only that of a turn.
     Raises:
       InputError: more tokens than the model has positions.
     """
     arguments.fits_positions(len(ids) + max_new_tokens, self.config.ar)
+    ends = self.config.eos_token_ids
+    if document:
+      ends = (*ends, self.tokenizer.pad_id)
     # Rounded up to whole runs, so that another limit is no other program.
     runs = -(-max_new_tokens // _TEXT_RUN)
     tokens: list[int] = []
@@ -318,14 +328,14 @@ class Model:
           compute=self.compute,
           sampling=how,
           steps=_TEXT_RUN,
-          ends=self.config.eos_token_ids,
+          ends=ends,
         )
         tokens += to_host(new)[0, : int(made)].tolist()
         bar.update(int(made))
         if state.done.all():
           break
     tokens = tokens[:max_new_tokens]
-    if tokens[-1] in self.config.eos_token_ids:
+    if tokens[-1] in ends:
       tokens.pop()
     return tokens
 

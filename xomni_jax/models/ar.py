@@ -282,7 +282,7 @@ def cache_axes(ndim: int) -> tuple[str | None, ...]:
   return ("layers", "batch", "kv_heads", None, None)[-ndim:]
 
 
-_BLOCK = [
+BLOCK = [
   *(
     entry
     for x, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))
@@ -331,7 +331,7 @@ def rows(cfg: ARConfig) -> list[Row]:
   out, first = prefixed("", "", _OUTSIDE), 0
   for name, length in stacks(cfg).items():
     if length:
-      out += prefixed(f"{name}/", "model.layers.{i}.", _BLOCK, first)
+      out += prefixed(f"{name}/", "model.layers.{i}.", BLOCK, first)
     first += length
   return out
 

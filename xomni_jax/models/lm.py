@@ -109,7 +109,7 @@ def rows(cfg: LMConfig) -> list[Row]:
     outside.append(("lm_head", "lm_head.weight", table))
   return [
     *prefixed("", "", outside),
-    *prefixed("layers/", "model.layers.{i}.", ar._BLOCK),
+    *prefixed("layers/", "model.layers.{i}.", ar.BLOCK),
   ]
 
 

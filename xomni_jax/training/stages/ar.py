@@ -211,7 +211,7 @@ class _Preview:
 
   def _answer(self, asked) -> str:
     answer = self._model.continue_text(
-      asked, sampling.Sampling(greedy=True), _ANSWER
+      asked, sampling.Sampling(greedy=True), _ANSWER, document=True
     )
     return self._model.tokenizer.text(answer)
 

@@ -28,6 +28,7 @@ from xomni_jax.training.stages.decoder_program import (
   semantic_features,
   trained_parts,
 )
+from xomni_jax.training.stages.grids import Grids, shown
 from xomni_jax.training.stages.painting_rows import PaintingRows
 
 __all__ = ["program", "stage"]
@@ -74,7 +75,7 @@ def stage(
       global_batch=cfg.global_batch,
       prepare=rows.prepare,
       blank=rows.blank,
-      bucket_of=rows.bucket_of if len(rows.grids) > 1 else None,
+      bucket_of=rows.grids.bucket_of if len(rows.grids.sizes) > 1 else None,
       process=(jax.process_index(), jax.process_count()),
     )
 
@@ -119,8 +120,7 @@ def _rows(
     t5_ids=T5Ids(
       flux1 / "tokenizer_2", cfg.options.text_len, data.text_backend
     ),
-    grids=cfg.options.grids,
-    patch=arch.siglip.patch,
+    grids=Grids(cfg.options.grids, arch.siglip.patch),
     prompt_dropout=data.prompt_dropout,
   )
 
@@ -172,15 +172,10 @@ class _Preview:
 
   def _some_images(self):
     """(text, u8[H, W, 3]) of the first held-out records."""
-    data = self._cfg.eval_data or self._cfg.data
-    rows = _rows(self._cfg, self._arch, self._decoder.folder, data)
-    source_cfg = data.sources[0]
-    source = records.open_source(source_cfg)
-    first = source_cfg.first
+    grids = Grids(self._cfg.options.grids, self._arch.siglip.patch)
     found = []
-    for i in range(first, min(first + _PREVIEWS, len(source))):
-      record = source[i]
+    for record in shown(self._cfg, _PREVIEWS):
       image = records.image_of(record)
       text = record.get("text") or record.get("prompt") or ""
-      found.append((text, rows.pixels(image, rows.bucket_of(*image.size))))
+      found.append((text, grids.pixels(image, grids.bucket_of(*image.size))))
     return found

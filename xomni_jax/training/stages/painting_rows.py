@@ -1,7 +1,6 @@
 """Rows of the decoder stage: an image, its caption, and what is left out."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,8 +8,8 @@ from PIL import Image
 
 from xomni_jax.data import records
 from xomni_jax.errors import InputError
+from xomni_jax.training.stages.grids import Grid, Grids
 
-Grid = tuple[int, int]
 TextIds = Callable[[Sequence[str]], np.ndarray]
 
 
@@ -25,23 +24,14 @@ class PaintingRows:
 
   Attributes:
     clip_ids, t5_ids: tokenizers, texts -> i32[n, T].
-    grids: (rows, columns) of image tokens.
-    patch: px.
+    grids: aspect buckets.
     prompt_dropout: share of records that lose their prompt.
   """
 
   clip_ids: TextIds
   t5_ids: TextIds
-  grids: tuple[Grid, ...]
-  patch: int
+  grids: Grids
   prompt_dropout: float
-
-  def bucket_of(self, width: int, height: int) -> Grid:
-    """The grid whose shape is nearest to an image's."""
-    if min(width, height) < 1:
-      raise InputError(f"image is {width}x{height} px, expected at least 1x1")
-    aspect = math.log(width / height)
-    return min(self.grids, key=lambda g: abs(math.log(g[1] / g[0]) - aspect))
 
   def prepare(
     self, record: records.Record, rng: np.random.Generator, grid: Grid | None
@@ -62,20 +52,12 @@ class PaintingRows:
     text = texts[rng.integers(len(texts))]
     dropped = rng.random() < self.prompt_dropout
     seen = not dropped or rng.random() < 0.5
-    image = self.pixels(records.image_of(record), grid or self.grids[0])
+    image = self.grids.pixels(records.image_of(record), grid)
     return self._row(image, "" if dropped else text, float(seen))
 
   def blank(self, grid: Grid | None) -> dict[str, np.ndarray]:
     """A row without anything to learn."""
-    h, w = grid or self.grids[0]
-    shape = (h * self.patch, w * self.patch, 3)
-    return self._row(np.zeros(shape, np.uint8), "", 0.0)
-
-  def pixels(self, image: Image.Image, grid: Grid) -> np.ndarray:
-    """u8[H, W, 3] of a picture at a grid's size, resized as in inference."""
-    h, w = grid
-    size = (w * self.patch, h * self.patch)
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    return self._row(self.grids.blank(grid), "", 0.0)
 
   def _row(self, pixels, text, seen):
     return {

@@ -6,18 +6,15 @@ answers, and none of them gives another away.
 """
 
 import dataclasses
-import math
 
 import numpy as np
-from PIL import Image
 
 from xomni_jax.data import protocol, records
 from xomni_jax.errors import InputError
+from xomni_jax.training.stages.grids import Grid, Grids
 
 # What a caption answers.
 CAPTION = "Describe the image."
-
-Grid = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,23 +24,14 @@ class QuestionRows:
   Attributes:
     tokenizer: of the text.
     vocab_size: of the language model, ids it knows.
-    grids: (rows, columns) of patches.
-    patch: px.
+    grids: aspect buckets.
     length: tokens of text.
   """
 
   tokenizer: protocol.Tokenizer
   vocab_size: int
-  grids: tuple[Grid, ...]
-  patch: int
+  grids: Grids
   length: int
-
-  def bucket_of(self, width: int, height: int) -> Grid:
-    """The grid whose shape is nearest to an image's."""
-    if min(width, height) < 1:
-      raise InputError(f"image is {width}x{height} px, expected at least 1x1")
-    aspect = math.log(width / height)
-    return min(self.grids, key=lambda g: abs(math.log(g[1] / g[0]) - aspect))
 
   def prepare(
     self, record: records.Record, rng: np.random.Generator, grid: Grid | None
@@ -69,19 +57,11 @@ class QuestionRows:
         f"no question fits {self.length} tokens; raise options.text_len"
       )
     image = records.image_of(record)
-    return {"pixels": self.pixels(image, grid or self.grids[0]), **row}
+    return {"pixels": self.grids.pixels(image, grid), **row}
 
   def blank(self, grid: Grid | None) -> dict[str, np.ndarray]:
     """A row without anything to learn."""
-    h, w = grid or self.grids[0]
-    shape = (h * self.patch, w * self.patch, 3)
-    return {"pixels": np.zeros(shape, np.uint8), **self._text(())}
-
-  def pixels(self, image: Image.Image, grid: Grid) -> np.ndarray:
-    """u8[H, W, 3] of a picture at a grid's size, resized as in inference."""
-    h, w = grid
-    size = (w * self.patch, h * self.patch)
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    return {"pixels": self.grids.blank(grid), **self._text(())}
 
   def question(self, text: str) -> list[int]:
     """Ids of a question, up to where its answer begins."""

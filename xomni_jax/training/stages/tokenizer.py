@@ -24,6 +24,7 @@ from xomni_jax.models import lm, vq
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import codebook, step
 from xomni_jax.training.stage import Params, Picture, Stage
+from xomni_jax.training.stages.grids import Grids, shown
 from xomni_jax.training.stages.questions import CAPTION, QuestionRows
 from xomni_jax.training.stages.tokenizer_program import (
   features,
@@ -63,7 +64,10 @@ def stage(
   )
   opts = cfg.options
   rows = QuestionRows(
-    tokenizer, reader.vocab_size, opts.grids, arch.siglip.patch, opts.text_len
+    tokenizer,
+    reader.vocab_size,
+    Grids(opts.grids, arch.siglip.patch),
+    opts.text_len,
   )
   process = (jax.process_index(), jax.process_count())
 
@@ -74,7 +78,7 @@ def stage(
       global_batch=cfg.global_batch,
       prepare=rows.prepare,
       blank=rows.blank,
-      bucket_of=rows.bucket_of if len(opts.grids) > 1 else None,
+      bucket_of=rows.grids.bucket_of if len(opts.grids) > 1 else None,
       process=process,
     )
 
@@ -235,30 +239,20 @@ class _Preview:
   def __call__(self, params: Params, step_: int) -> list[Picture]:
     """Whatever the step, the same images, so that progress shows."""
     del step_
-    if self._shown is None:
-      self._shown = self._some_images()
     rows = self._rows
+    if self._shown is None:
+      self._shown = [
+        rows.grids.pixels(records.image_of(record), None)
+        for record in shown(self._cfg, _PREVIEWS)
+      ]
     asked = rows.question(CAPTION)
     tokens = np.full(
       (len(self._shown), rows.length), rows.tokenizer.pad_id, np.int32
     )
     tokens[:, : len(asked)] = asked
-    pixels = np.stack([np.asarray(image) for image in self._shown])
-    out = to_host(self._answers(params, pixels, tokens, len(asked)))
+    images = np.stack(self._shown)
+    out = to_host(self._answers(params, images, tokens, len(asked)))
     return [
-      Picture(image, rows.tokenizer.text(ids[len(asked) :]))
+      Picture(Image.fromarray(image), rows.tokenizer.text(ids[len(asked) :]))
       for image, ids in zip(self._shown, out, strict=True)
     ]
-
-  def _some_images(self):
-    """Of the first held-out records, at the first grid's size."""
-    data = self._cfg.eval_data or self._cfg.data
-    source_cfg = data.sources[0]
-    source = records.open_source(source_cfg)
-    first = source_cfg.first
-    images = []
-    for i in range(first, min(first + _PREVIEWS, len(source))):
-      image = records.image_of(source[i])
-      pixels = self._rows.pixels(image, self._rows.grids[0])
-      images.append(Image.fromarray(pixels))
-    return images

@@ -24,6 +24,7 @@ from xomni_jax.models import vae
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import pixels
 from xomni_jax.training.stage import Params, Picture, Stage
+from xomni_jax.training.stages.grids import shown
 from xomni_jax.training.stages.painting_rows import CropRows
 from xomni_jax.training.stages.vae_program import program
 
@@ -135,13 +136,9 @@ class _Preview:
 
   def _some_images(self):
     """(key, u8[H, W, 3]) of the first held-out records, whole but for rims."""
-    data = self._cfg.eval_data or self._cfg.data
-    source_cfg = data.sources[0]
-    source = records.open_source(source_cfg)
-    first, factor = source_cfg.first, self._model.factor
+    factor = self._model.factor
     found = []
-    for i in range(first, min(first + _PREVIEWS, len(source))):
-      record = source[i]
+    for record in shown(self._cfg, _PREVIEWS):
       image = np.asarray(records.image_of(record))
       h, w = (n // factor * factor for n in image.shape[:2])
       found.append((record["key"], image[:h, :w]))
