@@ -1,0 +1,319 @@
+"""Engines that read text in images: rapidocr, Tesseract, PaddleOCR, GOT.
+
+Each is opened once and then reads lists of items. The packages and weights
+that it needs are loaded when it is opened, so that a server has to install
+only its own engine's.
+"""
+
+import importlib.metadata
+import io
+import math
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from xomni_jax.errors import InputError
+from xomni_jax.rewards.wire import Item
+
+GOT_HUB = "stepfun-ai/GOT-OCR-2.0-hf"
+_TESSERACT_LANGUAGES = {"en": "eng", "zh": "chi_sim"}
+_TESSERACT_SECONDS = 30
+
+
+class Reading(NamedTuple):
+  """What an engine saw in one image.
+
+  Attributes:
+    text: lines from top to bottom, "\\n" between them; "": nothing.
+    confidence: mean over the lines, in [0, 1]; None: the engine has none.
+  """
+
+  text: str
+  confidence: float | None = None
+
+
+class Engine(NamedTuple):
+  """An open engine.
+
+  Attributes:
+    read: items -> one Reading each; raises if it can't read one of them.
+    rev: its name, version and settings.
+  """
+
+  read: Callable[[Sequence[Item]], list[Reading]]
+  rev: str
+
+
+def open_rapidocr(
+  threads: int = 1, min_side: int = 192, detect: bool = True
+) -> Engine:
+  """PaddleOCR's models in ONNX on the CPU; weights are in the wheel.
+
+  Args:
+    threads: of ONNX Runtime.
+    min_side: images whose short side is smaller, in px, are enlarged by a
+      whole number. Signs of 96 px were read best and fastest at 192.
+    detect: find lines first; False: each image is one line, cropped.
+  Raises:
+    InputError: rapidocr is not installed.
+  """
+  try:
+    from rapidocr import RapidOCR
+  except ImportError as e:
+    raise _not_installed("rapidocr", e, "rapidocr onnxruntime") from None
+  onnx = "EngineConfig.onnxruntime"
+  reader = RapidOCR(
+    params={
+      "Global.log_level": "error",
+      "Global.use_det": detect,
+      "Global.use_cls": False,  # text upside down is no text
+      "Det.limit_side_len": min_side,
+      "Det.limit_type": "min",
+      f"{onnx}.intra_op_num_threads": threads,
+      f"{onnx}.inter_op_num_threads": 1,
+    }
+  )
+  lock = threading.Lock()  # its settings are attributes that a call writes
+
+  def read_one(image):
+    factor = max(1, math.ceil(min_side / min(image.shape[:2]))) if detect else 1
+    with lock:
+      # A call takes BGR. One image a call: a batch pads its lines to the
+      # longest, and a score must not depend on its neighbours.
+      found = reader(np.ascontiguousarray(_enlarged(image, factor)[:, :, ::-1]))
+    if not found.txts:
+      return Reading("")
+    if not detect:
+      return Reading("\n".join(found.txts), _mean(found.scores))
+    return lines_reading(found.txts, found.scores, found.boxes)
+
+  version = importlib.metadata.version("rapidocr")
+  settings = f"side={min_side},detect={int(detect)}"
+  return Engine(
+    lambda items: [read_one(item.image) for item in items],
+    f"rapidocr-{version}({settings})",
+  )
+
+
+def open_tesseract(threads: int = 1, min_side: int = 192) -> Engine:
+  """Tesseract, as the program `tesseract`; images as in `open_rapidocr`.
+
+  Raises:
+    InputError: there is no such program.
+  """
+  program = shutil.which("tesseract")
+  if not program:
+    raise InputError(
+      "tesseract is not on the PATH, expected the program of that name; "
+      "install it (apt install tesseract-ocr) or choose rapidocr"
+    )
+  # The program has no option for its threads.
+  env = os.environ | {"OMP_THREAD_LIMIT": str(threads)}
+
+  def call(*args, stdin=b""):
+    done = subprocess.run(
+      [program, *args],
+      input=stdin,
+      env=env,
+      capture_output=True,
+      timeout=_TESSERACT_SECONDS,
+    )
+    if done.returncode:
+      said = done.stderr.decode(errors="replace").strip()
+      raise RuntimeError(f"tesseract left with {done.returncode}: {said}")
+    return done.stdout.decode(errors="replace")
+
+  def read_one(item):
+    factor = max(1, math.ceil(min_side / min(item.image.shape[:2])))
+    png = io.BytesIO()
+    Image.fromarray(_enlarged(item.image, factor)).save(png, "PNG")
+    lang = _TESSERACT_LANGUAGES.get(item.lang, item.lang)
+    # Mode 11 looks for text anywhere; others take a sign for a page.
+    args = "stdin", "stdout", "-l", lang, "--psm", "11", "tsv"
+    return tesseract_reading(call(*args, stdin=png.getvalue()))
+
+  version = (call("--version").split() or ["", ""])[1]
+  return Engine(
+    lambda items: [read_one(item) for item in items],
+    f"tesseract-{version}(side={min_side},psm=11)",
+  )
+
+
+def tesseract_reading(table: str) -> Reading:
+  """The Reading of the table that `tesseract ... tsv` prints.
+
+  Raises:
+    ValueError: it is no such table.
+  """
+  head, *lines = table.split("\n")
+  names = head.split("\t")
+  rows = [
+    dict(zip(names, line.split("\t"), strict=False)) for line in lines if line
+  ]
+  try:
+    words = [r for r in rows if r["level"] == "5" and r["text"].strip()]
+    boxes = [
+      [int(row[name]) for name in ("left", "top", "width", "height")]
+      for row in words
+    ]
+    confidences = [float(row["conf"]) / 100 for row in words]
+  except KeyError as e:
+    raise ValueError(f"tesseract's table has no column {e}") from None
+  corners = [
+    [(x, y), (x + w, y), (x + w, y + h), (x, y + h)] for x, y, w, h in boxes
+  ]
+  return lines_reading([row["text"] for row in words], confidences, corners)
+
+
+def open_paddleocr() -> Engine:
+  """PaddleOCR 3.x with its PP-OCRv5 models, Chinese and English.
+
+  Raises:
+    InputError: paddleocr is not installed.
+  """
+  try:
+    from paddleocr import PaddleOCR
+  except ImportError as e:
+    raise _not_installed("paddleocr", e, "paddlepaddle paddleocr") from None
+  reader = PaddleOCR(
+    ocr_version="PP-OCRv5",  # without it, a newer release picks other models
+    lang="ch",
+    use_doc_orientation_classify=False,
+    use_doc_unwarping=False,
+    use_textline_orientation=False,
+  )
+
+  def read(items):
+    images = [np.ascontiguousarray(i.image[:, :, ::-1]) for i in items]  # BGR
+    return [paddle_reading(result) for result in reader.predict(images)]
+
+  version = importlib.metadata.version("paddleocr")
+  return Engine(read, f"paddleocr-{version}(PP-OCRv5)")
+
+
+def paddle_reading(result: Mapping) -> Reading:
+  """The Reading of one image's result of PaddleOCR 3.x.
+
+  Raises:
+    ValueError: it has not the fields of that version.
+  """
+  result = result.get("res", result)
+  try:
+    texts, scores = result["rec_texts"], result["rec_scores"]
+    boxes = result["rec_polys"]
+  except KeyError as e:
+    raise ValueError(
+      f"result of PaddleOCR lacks {e}, expected rec_texts, rec_scores and "
+      "rec_polys, as version 3 gives them"
+    ) from None
+  return lines_reading(texts, scores, boxes)
+
+
+def open_got(
+  model: str = GOT_HUB, device: str = "", revision: str = "main"
+) -> Engine:
+  """GOT-OCR2.0 by transformers, plain text, greedy.
+
+  Args:
+    model: folder or hub id.
+    device: of torch; "": the GPU if there is one.
+    revision: of the hub.
+  Raises:
+    InputError: torch or transformers is missing, or the model can't be read.
+  """
+  try:
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+  except ImportError as e:
+    raise _not_installed("got", e, "torch torchvision transformers") from None
+  device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+  dtype = torch.float32 if device == "cpu" else torch.bfloat16
+  try:
+    processor = AutoProcessor.from_pretrained(model, revision=revision)
+    net = AutoModelForImageTextToText.from_pretrained(
+      model, revision=revision, dtype=dtype
+    )
+  except (OSError, ValueError, ImportError) as e:
+    reason = " ".join(str(e).split())[:200]
+    raise InputError(
+      f"GOT-OCR2.0 in {model!r} can't be opened ({reason}), expected a folder "
+      f"or hub id such as {GOT_HUB}"
+    ) from None
+  net = net.eval().to(device)
+
+  @torch.inference_mode()
+  def read(items):
+    images = [Image.fromarray(item.image) for item in items]
+    inputs = processor(images, return_tensors="pt").to(device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    # Half as much again as the longest target: a loop ends there.
+    longest = max(len(" ".join(item.targets)) for item in items)
+    tokens = net.generate(
+      **inputs,
+      do_sample=False,
+      tokenizer=processor.tokenizer,
+      stop_strings="<|im_end|>",
+      max_new_tokens=int(1.5 * longest) + 64,
+    )[:, inputs["input_ids"].shape[1] :]
+    texts = processor.batch_decode(tokens, skip_special_tokens=True)
+    return [Reading(text.removesuffix("<|im_end|>").strip()) for text in texts]
+
+  commit = getattr(net.config, "_commit_hash", None) or revision
+  return Engine(read, f"got({model}@{commit})")
+
+
+def lines_reading(texts, confidences, boxes) -> Reading:
+  """A Reading of lines, in reading order; boxes: [n, 4, 2], corners in px."""
+  order = reading_order(np.asarray(boxes, np.float64).reshape(-1, 4, 2))
+  if not order:
+    return Reading("")
+  rows = (" ".join(texts[i] for i in row) for row in order)
+  return Reading("\n".join(rows), _mean(confidences))
+
+
+def reading_order(boxes: np.ndarray) -> list[list[int]]:
+  """Indices of boxes f[n, 4, 2] by row, rows from the top, each from the left.
+
+  A box belongs to a row if its middle lies in the middle half of the row's
+  first box: engines give lines in no certain order, and cut some into parts.
+  """
+  top, bottom = boxes[:, :, 1].min(1), boxes[:, :, 1].max(1)
+  middle, left = (top + bottom) / 2, boxes[:, :, 0].min(1)
+  rows: list[list[int]] = []
+  for i in np.lexsort((left, middle)).tolist():
+    first = rows[-1][0] if rows else None
+    if (
+      first is not None
+      and middle[i] - middle[first]
+      <= max(bottom[first] - top[first], bottom[i] - top[i]) / 4
+    ):
+      rows[-1].append(i)
+    else:
+      rows.append([i])
+  return [sorted(row, key=lambda i: left[i]) for row in rows]
+
+
+def _mean(values):
+  return round(float(np.mean(values)), 6) if len(values) else None
+
+
+def _enlarged(image, factor):
+  if factor == 1:
+    return image
+  height, width = image.shape[:2]
+  size = (width * factor, height * factor)
+  return np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))
+
+
+def _not_installed(engine, error, packages):
+  reason = " ".join(str(error).split())[:200]
+  return InputError(
+    f"OCR engine {engine} can't be loaded ({reason}); install it: "
+    f"pip install {packages}"
+  )
