@@ -146,4 +146,4 @@ def test_sft_keeps_what_pretraining_learned(chain):
 def test_decoder_paints_codes(chain):
   """Velocity loss; 1 is what predicting nothing gets, and noise more."""
   metrics = chain.held_out("decoder")
-  assert metrics["loss"] < {"quick": 0.5, "whole": 0.1}[chain.level]
+  assert metrics["loss"] < {"quick": 0.4, "whole": 0.06}[chain.level]
