@@ -109,18 +109,25 @@ def to_json(items: Sequence[Item], request_id: str = "") -> bytes:
   Raises:
     ValueError: an image is not u8[H, W, 3], or a text not Unicode.
   """
-  entries = [
-    {
-      "id": item.id,
-      "image_png_b64": base64.b64encode(_png(item.image)).decode("ascii"),
-      "prompt": item.prompt,
-      "targets": list(item.targets),
-      "lang": item.lang,
-    }
-    for item in items
-  ]
-  body = {"request_id": request_id, "items": entries}
-  return json.dumps(body, ensure_ascii=False).encode()
+  return request_json([entry_json(item) for item in items], request_id)
+
+
+def entry_json(item: Item) -> bytes:
+  """One item's part of a request; raises as `to_json` does."""
+  entry = {
+    "id": item.id,
+    "image_png_b64": base64.b64encode(_png(item.image)).decode("ascii"),
+    "prompt": item.prompt,
+    "targets": list(item.targets),
+    "lang": item.lang,
+  }
+  return json.dumps(entry, ensure_ascii=False).encode()
+
+
+def request_json(entries: Sequence[bytes], request_id: str) -> bytes:
+  """The body of a request from the parts of its items."""
+  head = b'{"request_id": ' + json.dumps(request_id).encode()
+  return head + b', "items": [' + b", ".join(entries) + b"]}"
 
 
 def items_from_json(

@@ -1,0 +1,85 @@
+"""Which of a reward's endpoints is asked next, and which are left alone."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+
+class Endpoints:
+  """The endpoints of a reward, each with a circuit breaker; for threads.
+
+  An endpoint is closed (asked), open (left alone, after so many failures in a
+  row), or half-open: once its time is over one request tries it, which closes
+  it or opens it again.
+  """
+
+  def __init__(
+    self,
+    urls: Sequence[str],
+    threshold: int = 5,
+    cooldown: float = 5.0,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Args: threshold: failures in a row; cooldown: seconds left alone."""
+    self._urls, self._clock = tuple(urls), clock
+    self._threshold, self._cooldown = threshold, cooldown
+    self._lock = threading.Lock()
+    self._running = [0] * len(urls)
+    self._failures = [0] * len(urls)
+    self._open_until: list[float | None] = [None] * len(urls)
+    self._tried = [False] * len(urls)
+    self._turn = 0
+
+  def take(self, avoid: int | None = None) -> tuple[int, str] | float:
+    """(number, address) of the least loaded that may be asked.
+
+    Args:
+      avoid: an endpoint that is taken only if there is no other.
+    Returns:
+      Instead, the seconds until one may be tried, if all are left alone.
+    """
+    with self._lock:
+      now = self._clock()
+      free = [i for i in range(len(self._urls)) if self._may_take(i, now)]
+      if not free:
+        # Those that are being tried have no time: look again soon.
+        waits = [
+          max(until - now, 0.01)
+          for until, tried in zip(self._open_until, self._tried, strict=True)
+          if until is not None and not tried
+        ]
+        return min(waits, default=0.05)
+      count = len(self._urls)
+      best = min(
+        free,
+        key=lambda i: (i == avoid, self._running[i], (i - self._turn) % count),
+      )
+      self._turn = (best + 1) % count
+      self._running[best] += 1
+      self._tried[best] = self._open_until[best] is not None
+      return best, self._urls[best]
+
+  def give_back(self, number: int, ok: bool | None) -> None:
+    """Ends a request; ok None: it says nothing about the endpoint."""
+    with self._lock:
+      self._running[number] -= 1
+      tried, self._tried[number] = self._tried[number], False
+      if ok:
+        self._failures[number], self._open_until[number] = 0, None
+      elif ok is False:
+        self._failures[number] += 1
+        if tried or self._failures[number] >= self._threshold:
+          self._open_until[number] = self._clock() + self._cooldown
+
+  def states(self) -> list[str]:
+    """ "closed", "open" or "half-open" of each, for logs."""
+    with self._lock:
+      now = self._clock()
+      return [
+        "closed" if until is None else "open" if now < until else "half-open"
+        for until in self._open_until
+      ]
+
+  def _may_take(self, i, now):
+    until = self._open_until[i]
+    return until is None or (now >= until and not self._tried[i])
