@@ -1,0 +1,61 @@
+"""A sidecar that does as its items say, for tests: `--no-ray` without a model.
+
+  python -m tests.sidecar_program '{"port": 0, "max_items": 4}'
+
+The score is the image's mean brightness; a prompt may ask for trouble:
+"poison" makes the whole batch raise, "nan" scores NaN, "lost" gives no score
+for the batch, "sleep 2" takes 2 s.
+"""
+
+import json
+import sys
+import time
+
+from xomni_jax.rewards.wire import Score
+from xomni_jax.sidecar import __main__ as program
+from xomni_jax.sidecar import engines
+from xomni_jax.sidecar.settings import App
+
+REV = "brightness-1"
+
+
+def brightness(items):
+  """Raises, sleeps or lies if one of the prompts says so."""
+  prompts = [item.prompt for item in items]
+  if "poison" in prompts:
+    raise RuntimeError("poisoned\nimage")
+  if "lost" in prompts:
+    return []
+  for prompt in prompts:
+    if prompt.startswith("sleep "):
+      time.sleep(float(prompt.removeprefix("sleep ")))
+  return [
+    Score(
+      item.id,
+      True,
+      float("nan") if item.prompt == "nan" else float(item.image.mean()) / 255,
+      {"batch": len(items)},
+      None,
+      REV,
+    )
+    for item in items
+  ]
+
+
+def unwell():
+  """The check of a reward whose model is gone."""
+  raise RuntimeError("model is\ngone")
+
+
+def main():
+  said = json.loads(sys.argv[1])
+  checks = {"check": unwell} if said.pop("unwell", False) else {}
+  app = App(**{"name": "brightness", "reward": "brightness", **said})
+  reward = engines.Reward(
+    engines.isolated(brightness, REV), REV, {"scale": 255}, **checks
+  )
+  program.serve_alone(app, app.token(), reward)
+
+
+if __name__ == "__main__":
+  main()

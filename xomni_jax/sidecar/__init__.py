@@ -1,0 +1,1 @@
+"""Servers of rewards: PyTorch models and judges behind HTTP, without jax."""
