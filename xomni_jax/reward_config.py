@@ -11,6 +11,11 @@ from xomni_jax.errors import InputError
 OCR_ENGINES = ("rapidocr", "tesseract", "paddleocr", "got")
 NORMALISATIONS = ("none", "range", "group")
 _URL = re.compile(r"https?://[^/\s,@?#]+(/[^\s,?#]*)?")
+# Not the metrics that combine.py makes besides.
+_NAME = re.compile(
+  r"(?!(total|masked|spread|groups_dropped|seconds)$)"
+  r"(?!.*_(failed|absent|apart)$)[a-z][a-z0-9_]*"
+)
 _SOURCES = (
   '"local:ocr", "local:ocr:ENGINE", "http://HOST:PORT/ROUTE" (several '
   'endpoints with "," between them) or "replay:FILE"'
@@ -115,10 +120,9 @@ class RewardConfig:
     _validate(
       self,
       (
-        bool(re.fullmatch(r"[a-z][a-z0-9_]*", self.name))
-        and self.name not in ("total", "masked", "groups_dropped", "spread"),
+        bool(_NAME.fullmatch(self.name)),
         f"name is {self.name!r}, expected lower-case letters, digits and _, "
-        "and not total, masked, groups_dropped or spread",
+        "and none that a metric has already",
       ),
       (not source_problem, source_problem),
       (

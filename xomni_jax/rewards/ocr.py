@@ -46,13 +46,14 @@ def make_scorer(engine: Engine, spaces: bool = True) -> Scorer:
     spaces: whether white space counts.
   """
 
+  rev = f"{engine.rev},spaces={int(spaces)}"
+
   def score(items: Sequence[Item]) -> list[Score]:
     wanted = [i for i, item in enumerate(items) if _has_target(item)]
     found = _read(engine, [items[i] for i in wanted])
     readings = dict(zip(wanted, found, strict=True))
     return [
-      _score(item, readings.get(i), engine.rev, spaces)
-      for i, item in enumerate(items)
+      _score(item, readings.get(i), rev, spaces) for i, item in enumerate(items)
     ]
 
   return score

@@ -167,16 +167,19 @@ def items_from_json(
   ]
 
 
+def checked(score: Score) -> Score:
+  """The Score itself, its score a float; "engine" if it is no proper one."""
+  if problem := _problem(score._asdict()):
+    message = f"engine gave {problem}"
+    return failed(score.id, "engine", message, str(score.model_rev))
+  if score.score is None:
+    return score
+  return score._replace(score=float(score.score))
+
+
 def scores_to_json(scores: Sequence[Score], latency_ms: float) -> bytes:
-  """The body of a reply; a Score that is none becomes a failure, "engine"."""
-  entries = []
-  for score in scores:
-    entry = score._asdict()
-    if problem := _problem(entry):
-      entry = failed(
-        score.id, "engine", f"engine gave {problem}", score.model_rev
-      )._asdict()
-    entries.append(entry)
+  """The body of a reply; scores as `checked`."""
+  entries = [checked(score)._asdict() for score in scores]
   return json.dumps({"items": entries, "latency_ms": latency_ms}).encode()
 
 

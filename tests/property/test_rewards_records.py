@@ -1,0 +1,371 @@
+"""Ledger and replay of replies, the wire's JSON, and configs of rewards."""
+
+import base64
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xomni_jax import reward_config
+from xomni_jax.errors import InputError
+from xomni_jax.reward_config import CombineConfig, RewardConfig
+from xomni_jax.rewards import ocr, wire
+from xomni_jax.rewards.ledger import Key, Ledger, score_once
+from xomni_jax.rewards.open import open_scorer
+from xomni_jax.rewards.replay import open_replay, record
+from xomni_jax.rewards.wire import Item, Score
+
+
+def _items(count, seed=0):
+  rng = np.random.default_rng(seed)
+  return [
+    Item(
+      f"i{n}", rng.integers(0, 256, (6, 5, 3), np.uint8), f"p{n}", ("A", "b")
+    )
+    for n in range(count)
+  ]
+
+
+class _Scorer:
+  """Counts what it is asked; fails on ids in `bad`."""
+
+  def __init__(self, bad=()):
+    self.bad, self.asked = bad, []
+
+  def __call__(self, items):
+    self.asked += [item.id for item in items]
+    return [
+      wire.failed(i.id, "timeout", "late")
+      if i.id in self.bad
+      else Score(
+        i.id, True, np.float32(i.image.mean() / 255), {"t": "ä"}, None, "m"
+      )
+      for i in items
+    ]
+
+
+def _keys(step, count):
+  return [Key(step, f"prompt{n // 2}", n % 2) for n in range(count)]
+
+
+def test_ledger_is_not_asked_twice_after_it_was_opened_again(tmp_path):
+  items, scorer = _items(4), _Scorer()
+  first, found = score_once(Ledger(tmp_path), "ocr", scorer, _keys(1, 4), items)
+  assert found == 0
+  # Other ids, the same images: what was said, under the new ids.
+  again = [item._replace(id=f"new{item.id}") for item in items]
+  second, found = score_once(
+    Ledger(tmp_path), "ocr", scorer, _keys(1, 4), again
+  )
+  assert found == 4
+  assert [s._replace(id=s.id[3:]) for s in second] == first
+  assert len(scorer.asked) == 4
+
+
+def test_ledger_asks_again_for_another_image_step_sample_or_reward(tmp_path):
+  items, scorer, ledger = _items(2), _Scorer(), Ledger(tmp_path)
+  score_once(ledger, "ocr", scorer, _keys(1, 2), items)
+  changed = items[0].image.copy()
+  changed[0, 0, 0] ^= 1
+  other = [items[0]._replace(image=changed), items[1]]
+  assert score_once(ledger, "ocr", scorer, _keys(1, 2), other)[1] == 1
+  assert score_once(ledger, "ocr", scorer, _keys(2, 2), items)[1] == 0
+  assert score_once(ledger, "hps", scorer, _keys(1, 2), items)[1] == 0
+  assert score_once(ledger, "ocr", scorer, _keys(1, 2)[::-1], items)[1] == 0
+
+
+def test_ledger_keeps_no_failure(tmp_path):
+  items, keys = _items(3), _keys(1, 3)
+  down, ledger = _Scorer(bad=("i1",)), Ledger(tmp_path)
+  scores, _ = score_once(ledger, "ocr", down, keys, items)
+  assert [s.ok for s in scores] == [True, False, True]
+  back = _Scorer()
+  scores, found = score_once(Ledger(tmp_path), "ocr", back, keys, items)
+  assert (found, back.asked) == (2, ["i1"])
+  assert all(s.ok for s in scores)
+
+
+@pytest.mark.parametrize("lost", [1, 20, 10**6])
+def test_ledger_drops_a_torn_last_line(tmp_path, lost):
+  items, scorer = _items(3), _Scorer()
+  score_once(Ledger(tmp_path), "ocr", scorer, _keys(1, 3), items)
+  path = tmp_path / "scores-0.jsonl"
+  whole = path.read_bytes()
+  last = len(whole.splitlines(keepends=True)[-1])
+  os.truncate(path, len(whole) - min(lost, last - 1))
+  found = score_once(Ledger(tmp_path), "ocr", scorer, _keys(1, 3), items)[1]
+  assert found == 2
+  assert path.read_bytes() == whole
+  assert len(Ledger(tmp_path)) == 3
+
+
+def test_ledger_that_is_broken_inside_is_one_line(tmp_path):
+  path = tmp_path / "scores-0.jsonl"
+  for bad in ("oops\n", "[1, 2]\n"):
+    path.write_text(bad)
+    with pytest.raises(InputError, match="line 1") as error:
+      Ledger(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_ledger_is_cut_back_to_a_step(tmp_path):
+  ledger, items = Ledger(tmp_path), _items(2)
+  for step in (1, 2, 3):
+    score_once(ledger, "ocr", _Scorer(), _keys(step, 2), items)
+  ledger.cut(2)
+  score_once(ledger, "ocr", _Scorer(), _keys(4, 2), items)
+  for now in (ledger, Ledger(tmp_path)):
+    steps = [
+      bool(
+        now.find(
+          "ocr", Key(step, "prompt0", 0), wire.image_hash(items[0].image)
+        )
+      )
+      for step in (1, 2, 3, 4)
+    ]
+    assert steps == [True, True, False, True]
+
+
+def test_ledger_of_one_process_finds_what_others_wrote(tmp_path):
+  items = _items(2)
+  for process in (0, 1):
+    score_once(
+      Ledger(tmp_path, process),
+      "ocr",
+      _Scorer(),
+      _keys(1, 2)[process:][:1],
+      items[process:][:1],
+    )
+  assert score_once(Ledger(tmp_path), "ocr", None, _keys(1, 2), items)[1] == 2
+
+
+def test_replay_repeats_what_was_recorded(tmp_path):
+  path, items = tmp_path / "replies" / "ocr.jsonl", _items(4)
+  live = record(_Scorer(bad=("i2",)), path, "ocr")
+  said = live(items)
+  replayed = open_replay(path, "ocr")(items[::-1])[::-1]
+  assert replayed == said
+  assert not replayed[2].ok
+  unknown = [
+    items[0]._replace(prompt="other"),
+    items[0]._replace(targets=("A b",)),
+    _items(1, seed=9)[0],
+  ]
+  kinds = [s.error_kind for s in open_replay(path, "ocr")(unknown)]
+  assert kinds == ["not_recorded"] * 3
+
+
+def test_replay_of_another_reward_or_no_file_is_one_line(tmp_path):
+  record(_Scorer(), tmp_path / "a", "ocr")(_items(1))
+  for path, reward, says in (
+    (tmp_path / "a", "hps", "ocr"),
+    (tmp_path / "b", "ocr", "No such file"),
+  ):
+    with pytest.raises(InputError, match=says) as error:
+      open_replay(path, reward)
+    assert "\n" not in str(error.value)
+
+
+def test_wire_carries_items_unchanged():
+  items = _items(3)
+  items[1] = items[1]._replace(prompt='"\n\u2028𝄞', targets=(), lang="zh")
+  name, back = wire.items_from_json(wire.to_json(items, "request 7"))
+  assert name == "request 7"
+  for ours, theirs in zip(items, back, strict=True):
+    assert np.array_equal(ours.image, theirs.image)
+    assert ours._replace(image=None) == theirs._replace(image=None)
+
+
+def _png(mode="RGB", size=(4, 4), format="PNG"):
+  out = io.BytesIO()
+  Image.new(mode, size).save(out, format)
+  return base64.b64encode(out.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+  ("change", "kind"),
+  [
+    ({"image_png_b64": "%%%"}, "bad_request"),
+    ({"image_png_b64": 3}, "bad_request"),
+    ({"image_png_b64": ""}, "bad_image"),
+    ({"image_png_b64": _png()[:-40]}, "bad_image"),
+    ({"image_png_b64": _png(format="JPEG")}, "bad_image"),
+    ({"image_png_b64": _png("RGBA")}, "bad_image"),
+    ({"image_png_b64": _png(size=(400, 400))}, "too_large"),
+    ({"prompt": None}, "bad_request"),
+    ({"prompt": "\ud800"}, "bad_request"),
+    ({"targets": "OPEN"}, "bad_request"),
+    ({"targets": ["OPEN", 3]}, "bad_request"),
+  ],
+)
+def test_wire_isolates_a_bad_item(change, kind):
+  body = json.loads(wire.to_json(_items(3)))
+  body["items"][1] |= change
+  limits = wire.Limits(pixels=10000)
+  _, items = wire.items_from_json(json.dumps(body).encode(), limits)
+  assert [isinstance(i, Item) for i in items] == [True, False, True]
+  assert (items[1].id, items[1].error_kind) == ("i1", kind)
+
+
+@pytest.mark.parametrize(
+  "body",
+  [
+    b"",
+    b"[]",
+    b"{}",
+    b'{"items": {}}',
+    b'{"items": [3]}',
+    b'{"items": [{"id": ""}]}',
+    b'{"items": [{"id": 3}]}',
+    b'{"items": [{"id": "a"}, {"id": "a"}]}',
+    b'{"items": [], "request_id": 3}',
+    b"[" * 100000,
+    b"\xff\xfe",
+  ],
+)
+def test_wire_refuses_what_is_no_request(body):
+  with pytest.raises(InputError) as error:
+    wire.items_from_json(body)
+  assert "\n" not in str(error.value)
+  assert not isinstance(error.value, wire.TooLargeError)
+
+
+def test_wire_refuses_too_much():
+  body = wire.to_json(_items(3))
+  for limits in (wire.Limits(items=2), wire.Limits(bytes=len(body) - 1)):
+    with pytest.raises(wire.TooLargeError):
+      wire.items_from_json(body, limits)
+
+
+def test_wire_makes_a_failure_of_a_score_that_is_none():
+  bad = [
+    Score("a", True, float("nan")),
+    Score("b", True, 0.5, {"x": float("inf")}),
+    Score("c", False, 0.5, None, "engine"),
+    Score("d", True, np.float32(0.5)),
+  ]
+  back = wire.scores_from_json(wire.scores_to_json(bad, 1.0), list("abcd"))
+  assert [s.error_kind for s in back] == ["engine"] * 3 + [None]
+  assert back[3].score == 0.5
+
+
+def test_image_hash_sees_every_pixel_and_the_shape():
+  image = _items(1)[0].image
+  other = image.copy()
+  other[-1, -1, -1] ^= 1
+  hashes = {
+    wire.image_hash(i)
+    for i in (
+      image,
+      other,
+      image.transpose(1, 0, 2).copy().reshape(6, 5, 3),
+      image.reshape(5, 6, 3),
+    )
+  }
+  assert len(hashes) == 4
+  assert wire.image_hash(image[:, ::-1]) == wire.image_hash(
+    image[:, ::-1].copy()
+  )
+
+
+@pytest.mark.parametrize(
+  ("change", "says"),
+  [
+    ({"name": "OCR"}, "name"),
+    ({"name": "total"}, "name"),
+    ({"name": "ocr_failed"}, "name"),
+    ({"source": "local:hps"}, "source"),
+    ({"source": "local:ocr:abbyy"}, "abbyy"),
+    ({"source": "ftp://a/b"}, "source"),
+    ({"source": "http://a:1/x,"}, "source"),
+    ({"source": "http://user:pw@a/x"}, "source"),
+    ({"source": "replay:"}, "source"),
+    ({"source": ""}, "source"),
+    ({"weight": -1}, "weight"),
+    ({"weight": float("nan")}, "weight"),
+    ({"engines": "max"}, "engines"),
+    ({"normalise": "z"}, "normalise"),
+    ({"low": 1.0}, "low"),
+    ({"floor": 0}, "floor"),
+    ({"deadline": 0}, "deadline"),
+    ({"try_seconds": 1000}, "try_seconds"),
+    ({"retries": 4}, "retries"),
+    ({"token_env": "abc-def"}, "token_env"),
+  ],
+)
+def test_reward_config_refuses(change, says):
+  RewardConfig("ocr", "local:ocr")
+  with pytest.raises(InputError, match=says) as error:
+    RewardConfig(**({"name": "ocr", "source": "local:ocr"} | change))
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [{"quorum": 0}, {"max_failure_rate": 2}, {"window": 0}, {"drift_window": -1}],
+)
+def test_combine_config_refuses(change):
+  with pytest.raises(InputError, match=next(iter(change))):
+    CombineConfig(**change)
+
+
+def test_rewards_need_one_that_is_optimised_and_names_that_differ():
+  ocr_reward = RewardConfig("ocr", "local:ocr")
+  shadow = RewardConfig("hps", "replay:x", 0.0)
+  reward_config.check_rewards((ocr_reward, shadow))
+  for rewards in ((), (shadow,), (ocr_reward, ocr_reward)):
+    with pytest.raises(InputError):
+      reward_config.check_rewards(rewards)
+
+
+def test_sources_are_parsed_into_engines_and_endpoints():
+  text = "local:ocr + http://a:1/x, https://b/y + replay:some file.jsonl"
+  assert reward_config.parse_source(text) == (
+    ("ocr", ("rapidocr",)),
+    ("http", ("http://a:1/x", "https://b/y")),
+    ("replay", ("some file.jsonl",)),
+  )
+  assert ocr.ENGINES == reward_config.OCR_ENGINES
+
+
+def test_open_scorer_records_and_replays_several_sources(tmp_path):
+  items = _items(3)
+  a, b, out = (str(tmp_path / name) for name in "abc")
+  record(lambda i: [Score(x.id, True, 1.0) for x in i], a, "ocr")(items)
+  record(lambda i: [Score(x.id, True, 0.5) for x in i], b, "ocr")(items)
+  cfg = RewardConfig(
+    "ocr", f"replay:{a} + replay:{b}", engines="min", record=out
+  )
+  scores = open_scorer(cfg)(items)
+  assert [s.score for s in scores] == [0.5] * 3
+  again = open_scorer(RewardConfig("ocr", f"replay:{out}"))(items)
+  assert again == scores
+
+
+def test_open_scorer_wants_the_token_it_was_told_of(monkeypatch):
+  cfg = RewardConfig(
+    "ocr", "http://127.0.0.1:9/x", token_env="XOMNI_TEST_TOKEN"
+  )
+  monkeypatch.delenv("XOMNI_TEST_TOKEN", raising=False)
+  with pytest.raises(InputError, match="XOMNI_TEST_TOKEN"):
+    open_scorer(cfg)
+  monkeypatch.setenv("XOMNI_TEST_TOKEN", "x")
+  assert open_scorer(cfg)([]) == []
+
+
+def test_open_scorer_of_local_ocr_reads():
+  pytest.importorskip("rapidocr")
+  from xomni_jax.data.world import open_world
+
+  world = open_world("signs")
+  item = Item("a", np.asarray(world[2]["image"]), "", world.sign(2).words)
+  # The letters stand far apart, and the engine reads "E A R".
+  spaced, plain = (
+    open_scorer(RewardConfig("ocr", "local:ocr", spaces=spaces))([item])[0]
+    for spaces in (True, False)
+  )
+  assert 0.5 < spaced.score < plain.score == 1.0
+  assert spaced.model_rev != plain.model_rev

@@ -1,0 +1,231 @@
+"""From the scores of several rewards to one reward for each sample."""
+
+import collections
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from xomni_jax.errors import RunError
+from xomni_jax.reward_config import CombineConfig, RewardConfig
+from xomni_jax.rewards import wire
+from xomni_jax.rewards.wire import Score
+
+
+class Column(NamedTuple):
+  """One reward's scores of a step's samples, the G of a prompt adjacent.
+
+  Attributes:
+    values: f64[B*G]; NaN where failed or absent.
+    absent: bool[B*G]: the reward does not apply.
+    apart: how far several engines disagree, on average; NaN: just one.
+    reasons: error_kind -> how many failed with it.
+  """
+
+  values: np.ndarray
+  absent: np.ndarray
+  apart: float
+  reasons: Mapping[str, int]
+
+
+class Combined(NamedTuple):
+  """The rewards of a step.
+
+  Attributes:
+    rewards: f32[B*G]; NaN where masked.
+    metrics: "reward/...", all finite; one without a value is left out.
+    means: reward's name -> mean of its scores.
+    asked, failed: scores of optimised rewards, absent ones not counted.
+    reasons: "reward: error_kind" -> how many of the optimised ones failed.
+  """
+
+  rewards: np.ndarray
+  metrics: dict[str, float]
+  means: dict[str, float]
+  asked: int
+  failed: int
+  reasons: Mapping[str, int]
+
+
+class History(NamedTuple):
+  """What `watch` remembers of the last steps; plain JSON.
+
+  Attributes:
+    failures: [asked, failed] of each step.
+    means: {reward's name: mean} of each step.
+  """
+
+  failures: list
+  means: list
+
+
+def column(scores: Sequence[Score]) -> Column:
+  """A reward's scores as arrays."""
+  scores = [wire.checked(score) for score in scores]
+  values = [math.nan if s.score is None else s.score for s in scores]
+  apart = [
+    score.raw["apart"]
+    for score in scores
+    if score.ok and isinstance(score.raw, dict) and "apart" in score.raw
+  ]
+  return Column(
+    np.array(values, np.float64),
+    np.array([s.error_kind == wire.ABSENT for s in scores], bool),
+    float(np.mean(apart)) if apart else math.nan,
+    collections.Counter(s.error_kind for s in scores if not s.ok),
+  )
+
+
+def combine(
+  columns: Mapping[str, Column],
+  rewards: Sequence[RewardConfig],
+  group_size: int,
+  quorum: float,
+) -> Combined:
+  """The weighted sum of the rewards that apply, sample by sample.
+
+  A sample that one of its optimised rewards failed on is masked: without it
+  the sum would be another reward. An absent one is left out, and the weights
+  of the others grow so that they have the same sum: a prompt without target
+  text then counts as much as one with it, and curves of the mean compare.
+  Where nothing applies there is nothing to learn, and the sample is masked.
+  Rewards of weight 0 change nothing but metrics.
+
+  Args:
+    columns: by the rewards' names.
+    group_size: G, at least 2.
+    quorum: groups with fewer unmasked samples than this share, or than two,
+      are masked as a whole.
+  Raises:
+    ValueError: G < 2, or G does not divide the number of samples.
+  """
+  count = len(next(iter(columns.values())).values)
+  if group_size < 2 or count % group_size:
+    raise ValueError(
+      f"{count} samples do not make groups of {group_size}, expected groups "
+      "of 2 or more"
+    )
+  optimised = [reward for reward in rewards if reward.weight > 0]
+  total, weight = np.zeros(count), np.zeros(count)
+  for reward in optimised:
+    here = columns[reward.name]
+    values = _normalised(here.values, reward, group_size)
+    total += np.where(here.absent, 0, reward.weight * values)
+    weight += np.where(here.absent, 0, reward.weight)
+  with np.errstate(invalid="ignore", divide="ignore"):
+    total *= sum(reward.weight for reward in optimised) / weight
+  total[weight == 0] = np.nan
+  groups = total.reshape(-1, group_size)  # a view: masking it masks `total`
+  kept = np.isfinite(groups).sum(1)
+  dropped = kept < max(2, math.ceil(quorum * group_size))
+  groups[dropped] = np.nan
+  asked = {r.name: int((~columns[r.name].absent).sum()) for r in optimised}
+  failed = {r.name: columns[r.name].reasons for r in optimised}
+  return Combined(
+    total.astype(np.float32),
+    _metrics(columns, groups, dropped),
+    {
+      name: float(np.nanmean(c.values))
+      for name, c in columns.items()
+      if np.isfinite(c.values).any()
+    },
+    sum(asked.values()),
+    sum(sum(reasons.values()) for reasons in failed.values()),
+    {f"{n}: {kind}": k for n, r in failed.items() for kind, k in r.items()},
+  )
+
+
+def watch(
+  history: History,
+  combined: Combined,
+  rewards: Sequence[RewardConfig],
+  cfg: CombineConfig,
+) -> tuple[History, list[str]]:
+  """The history with one more step, and warnings, each one line.
+
+  It warns where an optimised reward rose while a shadow fell: the policy then
+  learns what pleases the former and not what both stand for.
+
+  Raises:
+    RunError: more than `cfg.max_failure_rate` of the scores of `cfg.window`
+      steps failed, or will have even if all to come succeed.
+  """
+  failures = [*history.failures, [combined.asked, combined.failed]]
+  failures = failures[-cfg.window :]
+  asked, failed = (sum(step[i] for step in failures) for i in (0, 1))
+  steps = len(failures)
+  if failed > cfg.max_failure_rate * asked * cfg.window / steps:
+    reasons = sorted(combined.reasons.items(), key=lambda r: -r[1])[:3]
+    raise RunError(
+      f"{failed} of {asked} scores of rewards failed in the last {steps} "
+      f"steps, expected at most {cfg.max_failure_rate:.0%} over {cfg.window} "
+      f"steps ({', '.join(f'{r} {n}' for r, n in reasons)}); see to their "
+      "servers, then start the run again: it goes on"
+    )
+  means = [*history.means, combined.means][-2 * cfg.drift_window :]
+  if not cfg.drift_window:
+    return History(failures, []), []
+  warnings = _drifts(means, rewards, cfg)
+  return History(failures, [] if warnings else means), warnings
+
+
+def _normalised(values, reward, group_size):
+  if reward.normalise == "none":
+    return values
+  if reward.normalise == "range":
+    return np.clip((values - reward.low) / (reward.high - reward.low), 0, 1)
+  groups = values.reshape(-1, group_size)
+  there = np.isfinite(groups)
+  count = np.maximum(there.sum(1, keepdims=True), 1)
+  mean = np.where(there, groups, 0).sum(1, keepdims=True) / count
+  square = np.where(there, (groups - mean) ** 2, 0).sum(1, keepdims=True)
+  deviation = np.sqrt(square / count)
+  return ((groups - mean) / np.maximum(deviation, reward.floor)).reshape(-1)
+
+
+def _metrics(columns, groups, dropped):
+  metrics = {}
+  for name, here in columns.items():
+    there = ~here.absent
+    if np.isfinite(here.values).any():
+      metrics[name] = np.nanmean(here.values)
+    if there.any():
+      metrics[f"{name}_failed"] = np.isnan(here.values[there]).mean()
+    metrics[f"{name}_absent"] = here.absent.mean()
+    metrics[f"{name}_apart"] = here.apart
+  if not dropped.all():
+    metrics["total"] = np.nanmean(groups)
+    metrics["spread"] = np.nanstd(groups[~dropped], axis=1).mean()
+  metrics["masked"] = np.isnan(groups).mean()
+  metrics["groups_dropped"] = dropped.mean()
+  return {
+    f"reward/{name}": float(value)
+    for name, value in metrics.items()
+    if np.isfinite(value)
+  }
+
+
+def _drifts(means, rewards, cfg):
+  """A line for each pair of a rising reward and a falling shadow."""
+  window = cfg.drift_window
+  if len(means) < 2 * window:
+    return []
+  rise, now = {}, {}
+  for reward in rewards:
+    before, after = (
+      [m[reward.name] for m in part if reward.name in m]
+      for part in (means[:window], means[window:])
+    )
+    if before and after:
+      now[reward.name] = float(np.mean(after))
+      rise[reward.name] = now[reward.name] - float(np.mean(before))
+  up = [r.name for r in rewards if r.weight > 0]
+  down = [r.name for r in rewards if r.weight == 0]
+  return [
+    f"rewards drift apart: in {window} steps {a} rose by {rise[a]:.3f} to "
+    f"{now[a]:.3f} while its shadow {b} fell by {-rise[b]:.3f} to {now[b]:.3f}"
+    for a in up
+    for b in down
+    if rise.get(a, 0) >= cfg.drift_rise and -rise.get(b, 0) >= cfg.drift_fall
+  ]

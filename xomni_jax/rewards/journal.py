@@ -1,0 +1,76 @@
+"""Lines of JSON that outlive a kill: one value a line, appended whole."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from xomni_jax.errors import InputError
+
+
+class Journal:
+  """A file that lines are appended to, by one process at a time."""
+
+  def __init__(self, path: str | os.PathLike):
+    """Opens or makes the file; what a kill left of a last line is cut off.
+
+    Raises:
+      InputError: the file can't be opened, or is no journal.
+    """
+    self.path = Path(path)
+    try:
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      _cut_torn_line(self.path)
+      self._file = os.open(
+        self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644
+      )
+    except OSError as e:
+      raise InputError(
+        f"{self.path} can't be opened ({e.strerror}), expected a file that "
+        "can be written"
+      ) from None
+
+  def add(self, values) -> None:
+    """Appends values, each a line, in one write."""
+    lines = "".join(json.dumps(v, allow_nan=False) + "\n" for v in values)
+    data = memoryview(lines.encode())
+    while data:  # a write may be short, on a full disk for one
+      data = data[os.write(self._file, data) :]
+
+  def close(self) -> None:
+    """Closes the file; nothing can be added any more."""
+    with contextlib.suppress(OSError):
+      os.close(self._file)
+
+
+def read_journal(path: str | os.PathLike) -> list:
+  """The values of a journal; a torn last line is left out.
+
+  Raises:
+    InputError: it can't be read, or a line before the last is no JSON.
+  """
+  try:
+    data = Path(path).read_bytes()
+  except OSError as e:
+    raise InputError(
+      f"{path} can't be read ({e.strerror}), expected lines of JSON"
+    ) from None
+  lines = data[: data.rfind(b"\n") + 1].splitlines()
+  values = []
+  for number, line in enumerate(lines, 1):
+    try:
+      values.append(json.loads(line))
+    except (ValueError, RecursionError):
+      raise InputError(
+        f"{path}, line {number} is no JSON ({line[:40]!r}), expected a file "
+        "that only a run has written to; restore it or move it away"
+      ) from None
+  return values
+
+
+def _cut_torn_line(path):
+  if not path.exists():
+    return
+  with path.open("rb+") as file:
+    data = file.read()
+    file.truncate(data.rfind(b"\n") + 1)

@@ -1,0 +1,130 @@
+"""What rewards have said in a run: nothing is scored or counted twice.
+
+A run that was killed draws the same images again and finds their scores here.
+Failures are not kept: a run that was stopped because its server was down asks
+again when it goes on.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from xomni_jax.errors import InputError
+from xomni_jax.rewards import wire
+from xomni_jax.rewards.journal import Journal, read_journal
+from xomni_jax.rewards.wire import Item, Score
+
+Scorer = Callable[[Sequence[Item]], list[Score]]
+
+
+class Key(NamedTuple):
+  """Which sample of a run an image is.
+
+  Attributes:
+    step: of the run.
+    prompt: the prompt's id.
+    sample: its index in the prompt's group.
+  """
+
+  step: int
+  prompt: str
+  sample: int
+
+
+class Ledger:
+  """The scores of a run, by reward, sample and image."""
+
+  def __init__(self, folder: str | os.PathLike, process: int = 0):
+    """Opens a folder of ledgers, one file for each process of the run.
+
+    All are read, whatever number of processes wrote them; this process only
+    writes to its own.
+
+    Raises:
+      InputError: a file is no ledger.
+    """
+    self._path = Path(folder) / f"scores-{process}.jsonl"
+    self._journal = Journal(self._path)
+    self._scores: dict[tuple, Score] = {}
+    for path in sorted(Path(folder).glob("scores-*.jsonl")):
+      self._scores |= dict(_entries(path))
+
+  def __len__(self) -> int:
+    return len(self._scores)
+
+  def find(self, reward: str, key: Key, image_hash: str) -> Score | None:
+    """The score of exactly this image, if it was added."""
+    return self._scores.get((reward, *key, image_hash))
+
+  def add(
+    self,
+    reward: str,
+    keys: Sequence[Key],
+    image_hashes: Sequence[str],
+    scores: Sequence[Score],
+  ) -> None:
+    """Adds scores; not failures, nor what is there already."""
+    lines = []
+    for key, image_hash, score in zip(keys, image_hashes, scores, strict=True):
+      place = (reward, *key, image_hash)
+      if score.ok and place not in self._scores:
+        self._scores[place] = score
+        lines.append([*place, score._asdict()])
+    self._journal.add(lines)
+
+  def cut(self, step: int) -> None:
+    """Forgets what was said after a step; other processes' files stay."""
+    self._scores = {k: v for k, v in self._scores.items() if k[1] <= step}
+    lines = [v for v in read_journal(self._path) if v[1] <= step]
+    self._journal.close()
+    part = self._path.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    journal = Journal(part)
+    journal.add(lines)
+    journal.close()
+    part.replace(self._path)
+    self._journal = Journal(self._path)
+
+
+def score_once(
+  ledger: Ledger,
+  reward: str,
+  scorer: Scorer,
+  keys: Sequence[Key],
+  items: Sequence[Item],
+) -> tuple[list[Score], int]:
+  """(scores, how many were found in the ledger); asks for the others only."""
+  hashes = [wire.image_hash(item.image) for item in items]
+  found = [
+    ledger.find(reward, key, image_hash)
+    for key, image_hash in zip(keys, hashes, strict=True)
+  ]
+  missing = [i for i, score in enumerate(found) if score is None]
+  asked = [items[i] for i in missing]
+  new = [wire.checked(score) for score in scorer(asked)] if asked else []
+  ledger.add(
+    reward,
+    [keys[i] for i in missing],
+    [hashes[i] for i in missing],
+    new,
+  )
+  for i, score in zip(missing, new, strict=True):
+    found[i] = score
+  # The id is the caller's of this time.
+  scores = [
+    score._replace(id=item.id) for score, item in zip(found, items, strict=True)
+  ]
+  return scores, len(items) - len(missing)
+
+
+def _entries(path):
+  for number, line in enumerate(read_journal(path), 1):
+    match line:
+      case [str(), int(), str(), int(), str(), {"id": str()} as entry]:
+        yield tuple(line[:5]), wire.score_from_dict(entry)
+      case _:
+        raise InputError(
+          f"{path}, line {number} is no score of a reward, expected a file "
+          "that only a run has written to; restore it or move it away"
+        )
