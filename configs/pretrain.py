@@ -4,7 +4,7 @@
     --config.init.model=runs/tokenizer/model
 
 learns to draw signs from the codes of a tokenizer (configs/tokenizer.py) that
-`xomni tokenize-dataset` made: about 6 minutes on 2 CPU cores.
+`xomni tokenize-dataset` made: 4 minutes on 2 CPU cores.
 
   xomni train --config=configs/pretrain.py:7b --workdir=/mnt/runs/pretrain \
     --config.init.model=X-Omni --config.init.qwen=Qwen/Qwen2.5-7B

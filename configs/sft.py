@@ -3,7 +3,7 @@
   xomni train --config=configs/sft.py:tiny --workdir=runs/sft \
     --config.init.model=runs/pretrain/model
 
-goes on from configs/pretrain.py:tiny and its data: about 3 minutes on 2 CPU
+goes on from configs/pretrain.py:tiny and its data: about 2 minutes on 2 CPU
 cores.
 
   xomni train --config=configs/sft.py:7b --workdir=/mnt/runs/sft \

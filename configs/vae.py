@@ -2,7 +2,7 @@
 
   xomni train --config=configs/vae.py:tiny --workdir=runs/vae
 
-draws its data and starts from random weights: about a minute on 2 CPU cores.
+draws its data and starts from random weights: 90 seconds on 2 CPU cores.
 What it leaves in runs/vae/model is a FLUX.1-dev folder, for configs/decoder.py.
 
   xomni train --config=configs/vae.py:7b --workdir=/mnt/runs/vae \

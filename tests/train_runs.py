@@ -123,10 +123,10 @@ def arguments(config, workdir, *more) -> list[str]:
 def start(config, workdir, *more, devices: int = 1) -> subprocess.Popen:
   """Starts `xomni train` in a process of its own.
 
-  Programs are compiled once for all runs of a config's folder, which takes
+  Programs are compiled once for all runs beside each other, which takes
   that they come out alike: sets of strings are ordered by Python's hash seed.
   """
-  cache = pathlib.Path(config).parent / "compiled"
+  cache = pathlib.Path(workdir).parent / "compiled"
   count = f"--xla_force_host_platform_device_count={devices}"
   return subprocess.Popen(
     [sys.executable, "-m", "xomni_jax", *arguments(config, workdir, *more)],

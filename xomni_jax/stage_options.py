@@ -3,6 +3,7 @@
 import dataclasses
 
 from xomni_jax.config import _positive, _validate
+from xomni_jax.reward_config import CombineConfig, RewardConfig, check_rewards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +144,99 @@ class DecoderOptions:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class GRPOOptions:
+  """Of stage `grpo`; a step's `global_batch` counts images.
+
+  Attributes:
+    group_size: images of a prompt.
+    minibatches, epochs: a rollout has `minibatches` global batches, which are
+      gone through `epochs` times; 1 and 1: strictly on-policy.
+    overlap: 1: rewards of a rollout are awaited while the next one is drawn,
+      by a policy that is one update behind; 0: never stale.
+    clip_low, clip_high: of the ratio, below and above 1.
+    beta: weight of the KL divergence from the reference policy.
+    normalise: divide advantages by the deviation of their group.
+    aggregate: "token" or "sequence", what the loss is a mean over.
+    importance_cap: truncated importance weights of what the sampler computed
+      against what training does; 0: none.
+    temperature, top_k, top_p, min_p: how images are drawn.
+    cfg_scale: of drawing; only 1 is scored.
+    prompt_len: tokens of a prompt, padded on the left.
+    sample_rows, paint_rows, score_rows: images that are drawn, painted, and
+      scored by the training forward at once, over all devices.
+    paint_steps, paint_cfg_scale: of denoising.
+    sizes: (height, width) of images, px; the first where a prompt names none.
+    rewards: what images are rewarded for.
+    combine: how scores become one reward, and when failures stop a run.
+    loss_chunk: positions whose logits exist at once.
+  """
+
+  sizes: tuple[tuple[int, int], ...]
+  rewards: tuple[RewardConfig, ...]
+  group_size: int = 16
+  minibatches: int = 1
+  epochs: int = 1
+  overlap: int = 0
+  clip_low: float = 0.2
+  clip_high: float = 0.2
+  beta: float = 0.01
+  normalise: bool = True
+  aggregate: str = "token"
+  importance_cap: float = 0.0
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  cfg_scale: float = 1.0
+  prompt_len: int = 256
+  sample_rows: int = 0
+  paint_rows: int = 16
+  score_rows: int = 0
+  paint_steps: int = 8
+  paint_cfg_scale: float = 1.0
+  combine: CombineConfig = dataclasses.field(default_factory=CombineConfig)
+  loss_chunk: int = 1024
+
+  def __post_init__(self):
+    _validate(
+      self,
+      *_positive(
+        self,
+        *("minibatches", "epochs", "temperature", "prompt_len", "paint_rows"),
+        *("paint_steps", "loss_chunk"),
+      ),
+      (len(self.sizes) > 0, "sizes is empty, name at least one"),
+      (self.group_size >= 2, f"group_size is {self.group_size}, below 2"),
+      (self.overlap in (0, 1), f"overlap is {self.overlap}, expected 0 or 1"),
+      (
+        0 < self.clip_low < 1 and self.clip_high > 0,
+        f"clip_low {self.clip_low} and clip_high {self.clip_high}: expected "
+        "above 0, and clip_low below 1",
+      ),
+      (
+        min(self.beta, self.importance_cap, self.sample_rows, self.score_rows)
+        >= 0,
+        "beta, importance_cap, sample_rows and score_rows: expected from 0",
+      ),
+      (
+        self.aggregate in ("token", "sequence"),
+        f"aggregate is {self.aggregate!r}, expected 'token' or 'sequence'",
+      ),
+      (
+        self.cfg_scale == 1,
+        f"cfg_scale is {self.cfg_scale}: only 1 can be scored; X-Omni needs no "
+        "guidance",
+      ),
+    )
+    check_rewards(self.rewards)
+
+
 OPTIONS = {
   "vae": VAEOptions,
   "tokenizer": TokenizerOptions,
   "pretrain": ARTrainOptions,
   "sft": ARTrainOptions,
   "decoder": DecoderOptions,
+  "grpo": GRPOOptions,
 }

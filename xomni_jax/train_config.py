@@ -17,6 +17,7 @@ TASKS = (
   "generate",  # instruction: prompt -> image
   "chat",  # instruction: image + question -> answer
   "image",  # pixels (and a caption), for tokenizer, decoder and vae
+  "prompt",  # what to draw, and what rewards need, for grpo
 )
 
 
@@ -285,7 +286,7 @@ class TrainConfig:
   """A training run.
 
   Attributes:
-    stage: "vae", "tokenizer", "pretrain", "sft" or "decoder".
+    stage: one of stage_options.OPTIONS, such as "pretrain".
     seed: of parameters, data order and everything drawn.
     global_batch: rows of a step, over all processes.
     phases: one after the other.

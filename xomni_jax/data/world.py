@@ -145,6 +145,12 @@ class World:
     self._check(i)
     return _draw_sign(_Picks(i, f"{self.level}/{self.split}"), self.split)
 
+  def prompt(self, i: int) -> str:
+    """The prompt of record i, without its image."""
+    self._check(i)
+    pick = _Picks(i, f"{self.level}/{self.split}")
+    return _prompt(_draw_sign(pick, self.split), pick)
+
   def _check(self, i):
     if not 0 <= i < len(self):
       raise IndexError(f"record {i} of {self.level}, expected 0 to {len(self)}")

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from xomni_jax.config import Compute
+from xomni_jax.config import Architecture, Compute
 from xomni_jax.data import encoder_ids
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint, flow
-from xomni_jax.mesh import to_host
-from xomni_jax.models import text_encoders, vae
+from xomni_jax.mesh import constrain, to_host
+from xomni_jax.models import text_encoders, vae, vq
 
 
 class Painter:
@@ -150,3 +150,76 @@ def _image(vae_params, latents, *, grid, cfg, compute):
   image = vae.decode(vae_params, latents, cfg, compute)
   image = jnp.clip(image / 2 + 0.5, 0, 1)
   return jnp.round(image * 255).astype(jnp.uint8)
+
+
+@partial(
+  jax.jit,
+  static_argnames=("arch", "compute", "grid", "cfg_scale"),
+)
+def paint_rows(
+  params: dict[str, Any],
+  codes: jax.Array,
+  t5_ids: jax.Array,
+  clip_ids: jax.Array,
+  keys: jax.Array,
+  levels: jax.Array,
+  *,
+  arch: Architecture,
+  compute: Compute,
+  grid: tuple[int, int],
+  cfg_scale: float = 1.0,
+) -> jax.Array:
+  """Many images in one program, each as if it were painted alone.
+
+  Args:
+    params: {"vq", "flux", "vae", "clip", "t5": tree}.
+    codes: i32[B, h*w].
+    t5_ids, clip_ids: i32[B, T], of the prompts; with guidance i32[2 B, T], of
+      the empty prompt behind them.
+    keys: [B], of the noise.
+    levels: f32[steps + 1], of `flow.sigmas`.
+    arch, compute: the models.
+    grid: (h, w).
+    cfg_scale: guidance; 1: none.
+  Returns:
+    u8[B, H, W, 3].
+  """
+  h, w = grid
+  features = vq.VQ(arch.vq, compute).apply(
+    {"params": params["vq"]}, codes.reshape(-1, h, w), method="decode"
+  )
+  features = features.reshape(len(features), h * w, -1)
+  text, pooled = _embed(
+    params["t5"],
+    params["clip"],
+    t5_ids,
+    clip_ids,
+    t5=arch.t5,
+    clip=arch.clip,
+    compute=compute,
+  )
+  shape = (arch.vae.latent_channels, 2 * h, 2 * w)
+  noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+  def step(latents, pair):
+    v = flow.velocity(
+      params["flux"],
+      latents,
+      pair[0],
+      text,
+      pooled,
+      features,
+      cfg=arch.flux,
+      compute=compute,
+      grid=grid,
+      cfg_scale=cfg_scale,
+    )
+    latents = latents + (pair[1] - pair[0]) * v
+    return constrain(latents, "batch", "length", None), None
+
+  pairs = jnp.stack([levels[:-1], levels[1:]], axis=1)
+  latents, _ = jax.lax.scan(step, flow.pack(noise), pairs)
+  image = _image(
+    params["vae"], latents, grid=grid, cfg=arch.vae, compute=compute
+  )
+  return constrain(image, "batch", None, None, None)

@@ -392,11 +392,9 @@ class Model:
         if self._progress:
           new.token.block_until_ready()  # the bar shows work done, not queued
           bar.update(new.token.size)
-      return Drawn(
-        *(
-          np.concatenate([to_host(x) for x in parts], axis=1)
-          for parts in zip(*drawn, strict=True)
-        )
+      return jax.tree.map(
+        lambda *parts: np.concatenate([to_host(x) for x in parts], axis=1),
+        *drawn,
       )
 
   def _paint_all(self, codes, batch, keys) -> list[Image.Image]:

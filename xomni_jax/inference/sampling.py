@@ -106,19 +106,28 @@ class Drawn(NamedTuple):
     logprob: f32, under the distribution it was drawn from; if greedy, under
       the guided one at temperature 1, whose maximum it is.
     raw_logprob: f32, under the softmax of the unguided, unfiltered logits.
+    support: u8[..., ceil(V / 8)], a bit for each token that the filters kept,
+      most significant first; None where it was not asked for.
   """
 
   token: jax.Array
   logprob: jax.Array
   raw_logprob: jax.Array
+  support: jax.Array | None = None
 
 
-def draw(keys: jax.Array, logits_RV: jax.Array, s: Sampling) -> Drawn:
+def draw(
+  keys: jax.Array,
+  logits_RV: jax.Array,
+  s: Sampling,
+  keep_support: bool = False,
+) -> Drawn:
   """One token a sequence.
 
   Args:
     keys: [N] keys, so that a row's draw does not depend on the others'.
     logits_RV: f32; R = N, or 2 N with guidance.
+    keep_support: also return which tokens could have been drawn.
   """
   cond = scores = logits_RV
   if s.cfg_scale != 1:
@@ -132,7 +141,10 @@ def draw(keys: jax.Array, logits_RV: jax.Array, s: Sampling) -> Drawn:
   of_token = lambda x: jnp.take_along_axis(
     jax.nn.log_softmax(x, axis=-1), token[:, None], -1
   )[:, 0]
-  return Drawn(token.astype(jnp.int32), of_token(scores), of_token(cond))
+  support = jnp.packbits(scores > -jnp.inf, axis=-1) if keep_support else None
+  return Drawn(
+    token.astype(jnp.int32), of_token(scores), of_token(cond), support
+  )
 
 
 class State(NamedTuple):
@@ -261,12 +273,13 @@ def image_step(
   cfg: ARConfig,
   compute: Compute,
   sampling: Sampling,
+  keep_support: bool = False,
 ) -> tuple[State, Drawn]:
   """One image token a sequence; only the image head is computed."""
   hidden, cache = _hidden(params, state, cfg, compute)
   logits = ar.image_logits(params, hidden, cfg)
   logits = constrain(logits, "batch", "vocab")
-  drawn = draw(_step_keys(state), logits, sampling)
+  drawn = draw(_step_keys(state), logits, sampling, keep_support)
   return _advance(state, cache, drawn, cfg.vocab_size, sampling), drawn
 
 
@@ -276,7 +289,7 @@ def _step_keys(state):
 
 @partial(
   jax.jit,
-  static_argnames=("cfg", "compute", "sampling", "steps"),
+  static_argnames=("cfg", "compute", "sampling", "steps", "keep_support"),
   donate_argnames=("state",),
 )
 def image_steps(
@@ -287,12 +300,18 @@ def image_steps(
   compute: Compute,
   sampling: Sampling,
   steps: int,
+  keep_support: bool = False,
 ) -> tuple[State, Drawn]:
-  """`steps` image tokens a sequence; fields of Drawn are [N, steps]."""
+  """`steps` image tokens a sequence; fields of Drawn are [N, steps, ...]."""
 
   def body(state, _):
     return image_step(
-      params, state, cfg=cfg, compute=compute, sampling=sampling
+      params,
+      state,
+      cfg=cfg,
+      compute=compute,
+      sampling=sampling,
+      keep_support=keep_support,
     )
 
   state, drawn = jax.lax.scan(body, state, length=steps)

@@ -13,7 +13,7 @@ from xomni_jax.inference import checkpoint, fresh
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import configure
 from xomni_jax.training.stage import Program, Stage
-from xomni_jax.training.stages import ar, decoder, tokenizer, vae
+from xomni_jax.training.stages import ar, decoder, grpo, tokenizer, vae
 
 
 def program(
@@ -27,6 +27,8 @@ def program(
     return vae.program(cfg, arch)
   if cfg.stage == "decoder":
     return decoder.program(cfg, arch)
+  if cfg.stage == "grpo":
+    return grpo.program(cfg, arch)
   return ar.program(cfg, arch)
 
 
@@ -53,13 +55,15 @@ def stage(
   if cfg.stage == "tokenizer":
     lm = configure.section(config, "lm", "LMConfig", "config")
     return tokenizer.stage(cfg, arch, opened, lm)
+  if cfg.stage == "grpo":
+    return grpo.stage(cfg, arch, opened, pathlib.Path(workdir))
   return decoder.stage(cfg, arch, opened)
 
 
 def _with_start(cfg, arch, config, folder):
   """The config with `init.model` and `init.flux` named."""
   init = cfg.init
-  needs_flux = cfg.stage in ("vae", "decoder")
+  needs_flux = cfg.stage in ("vae", "decoder", "grpo")
   needs_model = cfg.stage != "vae"
   if (init.model or not needs_model) and (init.flux or not needs_flux):
     return cfg

@@ -77,6 +77,7 @@ def train(
     try:
       runs.close()  # a checkpoint on its way is worth waiting for
     finally:
+      stage.close()
       log.close()
 
 
@@ -119,6 +120,9 @@ class _Run:
     self.compiled: dict[frozenset[str], Any] = {}
     self.meter = Meter(cfg, stage, layout, self.step)
     self.evaluate = step_lib.eval_step(cfg, stage.program, layout)
+    self.measure = stage.program.measure and step_lib.rows_step(
+      cfg, layout, stage.program.measure
+    )
 
   def go(self, preemption: Preemption) -> int:
     """Trains what is left; returns the exit status."""
@@ -139,16 +143,15 @@ class _Run:
     """Trains a phase to its end; True: stopped and saved before."""
     cfg, end = self.cfg, first + self.cfg.phases[phase].steps
     train_step = self._step(phase)
-    batches = self.stage.batches(phase)
-    rows_of = batches.iterate(self.step - first)
+    batches = self.stage.batches and self.stage.batches(phase)
+    rows_of = batches and batches.iterate(self.step - first)
     try:
       while self.step < end:
         self._prepare(batches)
         self._profile()
         with self.meter.waiting():
-          rows = next(rows_of)
-        self._count(rows)
-        batch = step_lib.place_batch(rows.arrays, self.layout.mesh)
+          rows, made = self._next(rows_of)
+        batch = step_lib.place_batch(rows, self.layout.mesh)
         lr = optim.rate(cfg.phases[phase], cfg.optim.lr, self.step - first)
         self.state, metrics = train_step(
           self.state, self.frozen, batch, self.step_key, np.float32(lr)
@@ -156,7 +159,7 @@ class _Run:
         # The step before is read only now, while the device is busy.
         self._read()
         self.step += 1
-        self.pending = metrics
+        self.pending = {**metrics, **made}
         stop = preemption.should_stop(self.step)
         self._report()
         if stop or self.step % cfg.checkpoint.every == 0 or (
@@ -167,8 +170,26 @@ class _Run:
         if stop and self.step < cfg.steps:
           return True
     finally:
-      rows_of.close()
+      if rows_of:
+        rows_of.close()
     return False
+
+  def _next(self, rows_of) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """This process's rows of a step, and metrics of how they were made."""
+    if self.stage.collect is None:
+      rows = next(rows_of)
+      self._count(rows)
+      return rows.arrays, {}
+    self._read()  # nothing is drawn from parameters that are no good
+    rows, self.state["extra"], made = self.stage.collect(
+      self._measured, self._params(), self.state["extra"], self.step
+    )
+    return rows, made
+
+  def _measured(self, rows):
+    """What the program measures of rows under the present parameters."""
+    batch = step_lib.place_batch(rows, self.layout.mesh)
+    return self.measure({**self.state["params"], **self.frozen}, batch)
 
   def _count(self, rows) -> None:
     """Bad records stop a run, at once if there is one process."""
@@ -247,10 +268,14 @@ class _Run:
       every and (self.step % every == 0 or self.step == self.cfg.steps)
     )
     report = self.cfg.report
-    if due(report.eval_every) and self.stage.held_out is not None:
+    evaluate = self.stage.evaluate
+    if due(report.eval_every) and (evaluate or self.stage.held_out is not None):
       self._read()
       with self.meter.paused():
-        values = self.held_out()
+        if evaluate:
+          values = evaluate(self._params(), self.step)
+        else:
+          values = self.held_out()
       self.log.scalars(self.step, values)
       self.log.line(
         "  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items())

@@ -74,7 +74,9 @@ class Program:
     summarise: metrics summed over the batch -> scalars to report.
     update: (params, extra, metrics, context) -> params, extra, after the
       optimiser; for state that no gradient reaches.
-    extra: what `update` carries from step to step, at the start.
+    extra: what is carried from step to step, at the start.
+    measure: (params, batch) -> arrays of each row, which `Stage.collect` asks
+      for.
   """
 
   parts: Mapping[str, Part]
@@ -87,6 +89,7 @@ class Program:
   summarise: Callable[[Metrics], Metrics] = lambda metrics: metrics
   update: Callable | None = None
   extra: Callable[[], Any] = dict
+  measure: Callable[[Params, Batch], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +106,22 @@ class Stage:
     export: params, folder -> None: writes the model for people to use.
     prepare: {step: (params, extra, batches) -> params, extra}, done before
       that step, such as a k-means start.
+    collect: (measure, params, extra, step) -> rows, extra, metrics: the rows
+      of a step that the parameters make themselves, such as a rollout; this
+      process's rows, as `batches` would give them, and what is carried on,
+      saved with the state. `measure` is the program's, from this process's
+      rows to global arrays.
+    evaluate: (params, step) -> metrics, where held-out rows are not enough.
+    close: called at the end, however it comes.
   """
 
   program: Program
-  batches: Callable[[int], Any]
+  batches: Callable[[int], Any] | None = None
   held_out: Any = None
   load: Callable[..., Params] = lambda mesh, dtypes: {}
   preview: Callable[[Params, int], list[Picture]] | None = None
   export: Callable[[Params, Any], None] | None = None
   prepare: Mapping[int, Callable] = dataclasses.field(default_factory=dict)
+  collect: Callable | None = None
+  evaluate: Callable[[Params, int], Mapping[str, float]] | None = None
+  close: Callable[[], None] = lambda: None

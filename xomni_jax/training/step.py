@@ -165,20 +165,6 @@ def _on_rows(cfg, program, layout: Layout, *, grads: bool):
   parameter does.
   """
   pieces = cfg.optim.accumulate if grads else 1
-  half = jnp.dtype(cfg.compute.dtype)
-
-  def prepare(flat):
-    """The loss's view: small parameters whole, stacks still to gather."""
-    out = {}
-    for path, x in flat.items():
-      where = layout.split(path)
-      if where:
-        # Half the bytes to send; a matmul would round them so anyway.
-        x = Shard(x.astype(half) if x.dtype == jnp.float32 else x, *where)
-        if not layout.rows[path].stacked:
-          x = mesh_lib.gather(x, row_major=True)
-      out[path] = x
-    return nest(out)
 
   def body(trained, rest, batch, key, step):
     key = jax.random.fold_in(key, step) if grads else key
@@ -186,7 +172,7 @@ def _on_rows(cfg, program, layout: Layout, *, grads: bool):
     context = Context(key, step, totals, train=grads)
 
     def loss(trained, rows):
-      tree = prepare({**rest, **trained})
+      tree = _view({**rest, **trained}, cfg, layout)
       return program.loss(tree, rows, context)
 
     def piece(rows):
@@ -223,22 +209,69 @@ def _on_rows(cfg, program, layout: Layout, *, grads: bool):
   def run(trained, rest, batch, key, step):
     whole = PartitionSpec()
     own = lambda flat: {path: layout.local(path) for path in flat}
-    return jax.shard_map(
+    rows = {name: PartitionSpec(BATCH_AXES) for name in batch}
+    return _by_device(
       body,
-      mesh=layout.mesh,
-      in_specs=(
-        own(trained),
-        own(rest),
-        {name: PartitionSpec(BATCH_AXES) for name in batch},
-        whole,
-        whole,
-      ),
-      out_specs=(whole, whole, own(trained)),
-      axis_names=set(BATCH_AXES),
-      check_vma=False,
+      layout,
+      (own(trained), own(rest), rows, whole, whole),
+      (whole, whole, own(trained)),
     )(trained, rest, batch, key, step)
 
   return run
+
+
+def rows_step(cfg: TrainConfig, layout: Layout, fn: Callable) -> Callable:
+  """What a function of parameters and rows gives for each row, jitted.
+
+  It is computed as a loss is, to the last bit where the compiler wills.
+
+  Args:
+    fn: ({part: tree}, batch) -> arrays whose first axis is rows.
+  Returns:
+    (flat parameters, global batch) -> the arrays of `fn`, rows as there.
+  """
+
+  @jax.jit
+  def step(params, batch):
+    rows = PartitionSpec(BATCH_AXES)
+    return _by_device(
+      lambda flat, batch: fn(_view(flat, cfg, layout), batch),
+      layout,
+      (
+        {path: layout.local(path) for path in params},
+        {name: rows for name in batch},
+      ),
+      rows,
+    )(params, batch)
+
+  return step
+
+
+def _view(flat, cfg: TrainConfig, layout: Layout):
+  """A loss's view of parameters: small ones whole, stacks still to gather."""
+  half = jnp.dtype(cfg.compute.dtype)
+  out = {}
+  for path, x in flat.items():
+    where = layout.split(path)
+    if where:
+      # Half the bytes to send; a matmul would round them so anyway.
+      x = Shard(x.astype(half) if x.dtype == jnp.float32 else x, *where)
+      if not layout.rows[path].stacked:
+        x = mesh_lib.gather(x, row_major=True)
+    out[path] = x
+  return nest(out)
+
+
+def _by_device(body, layout, in_specs, out_specs):
+  """`body` on each device's rows; over other axes XLA decides."""
+  return jax.shard_map(
+    body,
+    mesh=layout.mesh,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    axis_names=set(BATCH_AXES),
+    check_vma=False,
+  )
 
 
 def place_batch(rows: Mapping[str, Any], mesh) -> dict[str, jax.Array]:

@@ -1,0 +1,164 @@
+"""Stage `grpo`: reinforcement learning on images that the policy drew.
+
+  xomni train --config=configs/grpo.py:tiny --workdir=runs/grpo \
+    --config.init.model=runs/decoder/model --config.init.flux=runs/decoder/flux1
+
+goes on from configs/sft.py:tiny and configs/decoder.py:tiny; its reward is OCR
+in this process.
+
+  xomni train --config=configs/grpo.py:7b --workdir=/mnt/runs/grpo \
+    --config.init.model=/mnt/runs/sft/model --config.init.flux=FLUX.1-dev
+
+is for one slice of 64 chips (v5p:4x4x4), with reward servers beside it
+(launch/sidecar.sh): endpoints in options.rewards.
+"""
+
+from ml_collections import ConfigDict
+
+from xomni_jax.config_files import model_sections
+
+
+def get_config(size: str = "7b") -> ConfigDict:
+  """As `xomni_jax.train_config.TrainConfig`, whose defaults go unsaid."""
+  sizes = {"7b": _full, "tiny": _tiny}
+  if size not in sizes:
+    raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
+  return ConfigDict(sizes[size]())
+
+
+def _source(path):
+  return {"path": path, "task": "prompt", "weight": 1.0, "first": 0, "count": 0}
+
+
+def _full():
+  return {
+    "stage": "grpo",
+    "seed": 0,
+    "global_batch": 512,  # images: 32 prompts of 16
+    "phases": {
+      "1_all": {"steps": 200, "train": ("ar/",), "warmup_steps": 5},
+    },
+    "data": {
+      "sources": (_source("data/prompts.jsonl"),),
+      "text_backend": "tensorflow_text",
+    },
+    "eval_data": {
+      "shuffle": False,
+      "sources": (_source("data/held_out.jsonl"),),
+      "text_backend": "tensorflow_text",
+    },
+    "init": {},
+    "optim": {
+      "lr": 1e-6,  # X-Omni's, as SimpleAR's and T2I-R1's
+      "clip_norm": 1.0,
+    },
+    "checkpoint": {"every": 5, "keep_every": 50},
+    "report": {
+      "log_every": 1,
+      "eval_every": 20,
+      "eval_batches": 1,
+      "preview_every": 5,
+    },
+    "compute": {
+      "dtype": "bfloat16",
+      "scan_layers": True,
+      "remat": "full",
+      "query_chunk": 512,
+    },
+    "mesh": {"data": -1, "fsdp": 32},
+    "frozen_dtype": "bfloat16",  # the reference policy
+    "options": {
+      "sizes": ((1152, 1152),),
+      "group_size": 16,  # X-Omni's
+      "beta": 0.01,  # X-Omni's and T2I-R1's
+      "clip_low": 0.2,
+      "clip_high": 0.2,
+      # What is drawn is what is learned: no guidance, which X-Omni does not
+      # need, no top-k, and a temperature of 1.
+      "temperature": 1.0,
+      "min_p": 0.03,  # X-Omni's in inference
+      "overlap": 1,
+      "sample_rows": 256,
+      "paint_rows": 64,
+      "paint_steps": 12,
+      "score_rows": 64,
+      "loss_chunk": 512,
+      "rewards": (
+        {
+          "name": "ocr",
+          "source": "http://localhost:8101/ocr_got + "
+          "http://localhost:8101/ocr_paddle",
+          "weight": 1.0,
+          "engines": "mean",
+        },
+        {
+          "name": "alignment",
+          "source": "http://localhost:8102/alignment",
+          "weight": 1.0,
+        },
+        {
+          "name": "unified",
+          "source": "http://localhost:8103/unified",
+          "weight": 0.5,
+        },
+        {
+          "name": "hps",
+          "source": "http://localhost:8104/hps",
+          "weight": 0.5,
+          # Cosines of the paper's models lie in this range.
+          "normalise": "range",
+          "low": 0.2,
+          "high": 0.4,
+        },
+      ),
+    },
+    **model_sections("7b"),
+  }
+
+
+def _tiny():
+  """Signs of the drawn world, read by OCR."""
+  config = _full()
+  config |= {
+    "global_batch": 64,  # 8 prompts of 8
+    "phases": {
+      "1_all": {
+        "steps": 100,
+        "train": ("ar/",),
+        "warmup_steps": 5,
+        "decay": "linear",
+      },
+    },
+    "data": {"sources": (_source("world:signs"),)},
+    "eval_data": {
+      "shuffle": False,
+      # Words that no training sign shows.
+      "sources": (_source("world:signs:held-out"),),
+    },
+    "checkpoint": {"every": 20},
+    "report": {
+      "log_every": 1,
+      "eval_every": 20,
+      "eval_batches": 2,
+      "preview_every": 10,
+    },
+    "compute": {"dtype": "float32"},
+    "mesh": {"data": -1},
+    "frozen_dtype": "float32",
+    **model_sections("world"),
+  }
+  config["optim"] |= {"lr": 1e-4, "b2": 0.98}
+  config["options"] |= {
+    "sizes": ((96, 96),),
+    "group_size": 8,
+    "min_p": 0.0,
+    "overlap": 0,
+    "prompt_len": 64,
+    "sample_rows": 0,
+    "paint_rows": 32,
+    "paint_steps": 8,
+    "score_rows": 0,
+    "loss_chunk": 64,
+    "rewards": ({"name": "ocr", "source": "local:ocr"},),
+  }
+  return config

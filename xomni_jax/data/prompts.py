@@ -1,0 +1,173 @@
+"""Prompts of reinforcement learning, with what a reward has to know of them."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from xomni_jax.data import plan, world
+from xomni_jax.errors import InputError
+from xomni_jax.train_config import DataConfig, SourceConfig
+
+_WORLD = "world:"
+
+
+class Prompt(NamedTuple):
+  """What an image is asked for.
+
+  Attributes:
+    key: for messages.
+    text: the prompt.
+    targets: texts that the image should show, line by line; (): none.
+    lang: of the targets, "en", "zh", ...
+    size: (height, width) in px; None: the run's.
+  """
+
+  key: str
+  text: str
+  targets: tuple[str, ...] = ()
+  lang: str = "en"
+  size: tuple[int, int] | None = None
+
+
+def open_prompts(path: str) -> Sequence[Prompt]:
+  """Prompts by number.
+
+  Args:
+    path: "world:LEVEL[:SPLIT]", the drawn world; or a JSONL file of
+      {"prompt": "...", "targets": ["..."], "lang": "en", "size": [h, w],
+      "key": "..."}, of which only the prompt is needed. Targets are named,
+      never guessed from the prompt.
+  Raises:
+    InputError: no such file, or lines that are no prompts; the first ten.
+  """
+  if path.startswith(_WORLD):
+    return _WorldPrompts(*path.removeprefix(_WORLD).split(":"))
+  file = pathlib.Path(path)
+  if not file.is_file():
+    raise InputError(
+      f"prompts {path}: no such file; expected JSONL, or world:LEVEL"
+    )
+  found, problems = [], []
+  lines = file.read_text(encoding="utf-8").split("\n")
+  for number, line in enumerate(lines, 1):
+    if line.strip():
+      where = f"{file.name}:{number}"
+      try:
+        found.append(_prompt(json.loads(line), where))
+      except (InputError, ValueError) as e:
+        problems.append(f"line {number}: {' '.join(str(e).split())[:120]}")
+  if problems or not found:
+    raise InputError(
+      f"prompts {path}: {'; '.join(problems[:10]) or 'the file has none'}"
+    )
+  return found
+
+
+def _prompt(raw: Any, where: str) -> Prompt:
+  if not isinstance(raw, dict):
+    raise InputError(f"is a {type(raw).__name__}, expected an object")
+  text, targets = raw.get("prompt"), raw.get("targets", [])
+  lang, size = raw.get("lang", "en"), raw.get("size")
+  texts = [text, lang, *(targets if isinstance(targets, list) else [None])]
+  if not all(isinstance(x, str) and x.strip() for x in texts):
+    raise InputError(
+      "expected texts that are not empty: prompt, lang, and a list of targets"
+    )
+  if size is not None and not (
+    isinstance(size, list)
+    and len(size) == 2
+    and all(type(n) is int and n > 0 for n in size)
+  ):
+    raise InputError(f"size is {size!r}, expected [height, width] in px")
+  key = str(raw.get("key", where))
+  return Prompt(key, text, tuple(targets), lang, size and tuple(size))
+
+
+class _WorldPrompts:
+  """Of the drawn world; one of its own wordings asks for each sign."""
+
+  def __init__(self, level: str, split: str = "train"):
+    self._world = world.open_world(level, split)
+
+  def __len__(self) -> int:
+    return len(self._world)
+
+  def __getitem__(self, i: int) -> Prompt:
+    sign = self._world.sign(i)
+    return Prompt(self._world.name(i), self._world.prompt(i), sign.words)
+
+
+class Prompts:
+  """The prompts of each rollout: a function of seed and number."""
+
+  def __init__(
+    self,
+    data: DataConfig,
+    seed: int,
+    count: int,
+    sizes: Sequence[tuple[int, int]],
+  ):
+    """
+    Args:
+      data: the mixture; its sources have the task "prompt".
+      seed: of the order.
+      count: prompts of a rollout, all of one size.
+      sizes: (height, width) in px that there are; the first is of prompts
+        that name none. A prompt of another size is passed over.
+    Raises:
+      InputError: sources that can't be opened, or have another task.
+    """
+    wrong = sorted({s.task for s in data.sources} - {"prompt"})
+    if wrong:
+      raise InputError(
+        f"data of prompts has the tasks {', '.join(wrong)}, expected prompt"
+      )
+    self._sources = [open_prompts(source.path) for source in data.sources]
+    self._sizes, self._count, self._window = sizes, count, data.window
+    firsts, counts = zip(*map(_range, data.sources, self._sources), strict=True)
+    self._mixture = plan.Mixture(
+      firsts,
+      counts,
+      tuple(source.weight for source in data.sources),
+      seed,
+      data.shuffle,
+    )
+    self._windows = plan.Windows(
+      self._sorted,
+      f"raise data.window ({data.window}), or lower the number of sizes or of "
+      f"prompts in a rollout ({count})",
+    )
+
+  def __getitem__(self, rollout: int) -> list[Prompt]:
+    """`count` prompts of one size, each with its size."""
+    (_, places), _ = self._windows.unit(rollout)
+    return [self._prompt(place) for place in places]
+
+  def _sorted(self, window: int) -> plan.Window:
+    """Prompts of a window in rollouts of one size."""
+    first = window * self._window
+    places = range(first, first + self._window)
+    sizes = [self._prompt(place).size for place in places]
+    sizes = [size if size in self._sizes else None for size in sizes]
+    found, bad, dropped = plan.bucket(sizes, self._count)
+    units = [(size, [first + n for n in of]) for size, of in found]
+    return plan.Window(units, bad, dropped)
+
+  def _prompt(self, place: int) -> Prompt:
+    picks = self._mixture.picks(np.array([place]))
+    prompt = self._sources[int(picks.source[0])][int(picks.record[0])]
+    return prompt._replace(size=prompt.size or self._sizes[0])
+
+
+def _range(cfg: SourceConfig, source) -> tuple[int, int]:
+  """(first, count) of the prompts that are used."""
+  count = cfg.count or len(source) - cfg.first
+  if count < 1 or cfg.first + count > len(source):
+    raise InputError(
+      f"prompts {cfg.path}: first {cfg.first} and count {cfg.count} do not fit "
+      f"{len(source)} prompts"
+    )
+  return cfg.first, count

@@ -1,0 +1,321 @@
+"""Stage `grpo`: the policy draws, images are painted and rewarded, it learns.
+
+A rollout is `minibatches` global batches of images, which are gone through
+`epochs` times. What is compiled is in grpo_program.py; drawing and painting
+are in training/rollout.py, rewards in training/rewarding.py.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from xomni_jax import mesh as mesh_lib
+from xomni_jax.checkpoints import released
+from xomni_jax.config import Architecture
+from xomni_jax.data import encoder_ids, protocol
+from xomni_jax.data.feed import own_rows
+from xomni_jax.data.prompts import Prompt, Prompts
+from xomni_jax.data.text_ops import T5Ids
+from xomni_jax.errors import InputError
+from xomni_jax.inference import checkpoint as checkpoint_lib
+from xomni_jax.inference import fresh
+from xomni_jax.train_config import TrainConfig
+from xomni_jax.training import policy
+from xomni_jax.training.rewarding import Asked, Heard, Rewarder
+from xomni_jax.training.rollout import Drawn, Roller
+from xomni_jax.training.stage import Params, Picture, Stage
+from xomni_jax.training.stages.grpo_program import (
+  POLICY,
+  REFERENCE,
+  program,
+)
+
+__all__ = ["program", "stage"]
+
+_PREVIEW = (4, 4)  # prompts, images of each
+# Keys of held-out rollouts: training never gets there.
+_HELD_OUT = 2**30
+_DECODER = ("vq", "flux", "vae", "clip", "t5")
+
+
+def stage(
+  cfg: TrainConfig,
+  arch: Architecture,
+  opened: checkpoint_lib.Checkpoint,
+  workdir: pathlib.Path,
+) -> Stage:
+  """The stage on the prompts, folders and rewards that the config names.
+
+  Args:
+    cfg: of the run; `init.model` is where the policy starts, and what it must
+      not stray from; `init.flux` is a FLUX.1-dev folder.
+    arch: sizes; those of all parts are the folders'.
+    opened: the model folder.
+    workdir: of the run, where the ledger lies.
+  Raises:
+    InputError: sizes, files, prompts or rewards do not fit.
+  """
+  opts = cfg.options
+  decoder = checkpoint_lib.open_decoder(opened, cfg.init.flux)
+  arch = dataclasses.replace(
+    arch,
+    ar=opened.config.ar,
+    siglip=opened.siglip,
+    vq=opened.config.vq,
+    flux=decoder.flux,
+    vae=decoder.vae,
+    clip=decoder.clip,
+    t5=decoder.t5,
+  )
+  rows = cfg.global_batch * opts.minibatches
+  if rows % opts.group_size:
+    raise InputError(
+      f"a rollout of {rows} images (global_batch x options.minibatches) is no "
+      f"multiple of group_size {opts.group_size}"
+    )
+  made = program(cfg, arch)
+  run = _Run(cfg, arch, opened, decoder, rows, workdir)
+
+  def load(mesh, dtypes):
+    return {
+      name: released.load(opened.parts["ar"], mesh, dtypes[name])
+      for name in (POLICY, REFERENCE)
+      if name in dtypes
+    }
+
+  return Stage(
+    program=made,
+    load=load,
+    preview=run.preview if cfg.report.preview_every else None,
+    export=lambda params, out: fresh.replace_parts(
+      opened, out, {"ar": params[POLICY]}
+    ),
+    collect=run.collect,
+    evaluate=run.evaluate if cfg.eval_data else None,
+    close=run.close,
+  )
+
+
+class _Run:
+  """Rollouts of a run, and what is known of the last ones."""
+
+  def __init__(self, cfg, arch, opened, decoder, rows, workdir):
+    opts = cfg.options
+    self._cfg, self._arch, self._decoder, self._rows = cfg, arch, decoder, rows
+    self._files = {**opened.parts, **decoder.parts}
+    self._tokenizer = protocol.load_tokenizer(
+      cfg.init.tokenizer or opened.folder,
+      arch.ar.vocab_size,
+      arch.ar.image_vocab_size,
+    )
+    per_rollout = rows // opts.group_size
+    prompts = lambda data: Prompts(data, cfg.seed, per_rollout, opts.sizes)
+    self._prompts = prompts(cfg.data)
+    self._held_out = cfg.eval_data and prompts(cfg.eval_data)
+    self._rewarder = Rewarder(
+      opts.rewards, opts.combine, opts.group_size, workdir / "rewards"
+    )
+    self._roller: Roller | None = None
+    self._next: tuple[int, dict, Asked] | None = None  # with its number
+    self._current: tuple[int, dict] | None = None
+    self._shown: tuple[Asked, Heard] | None = None
+
+  def collect(self, measure, params: Params, extra, step: int):
+    """This process's rows of a step, what is carried on, and metrics."""
+    opts = self._cfg.options
+    per_rollout = opts.minibatches * opts.epochs
+    number, update = divmod(step, per_rollout)
+    metrics: dict[str, Any] = {}
+    if update == 0:
+      extra, metrics = self._rollout(measure, params, extra, number)
+    elif self._current is None:
+      self._current = number, jax.tree.map(mesh_lib.to_host, extra["current"])
+    _, rows = self._current
+    first = update % opts.minibatches * self._cfg.global_batch
+    count, index = jax.process_count(), jax.process_index()
+    begin, size = own_rows(self._cfg.global_batch, (index, count))
+    some = slice(first + begin, first + begin + size)
+    return {k: x[some] for k, x in rows.items()}, extra, metrics
+
+  def _rollout(self, measure, params, extra, number):
+    """A rollout with its advantages; with overlap, the next one drawn too."""
+    opts, metrics = self._cfg.options, {}
+    if self._next is None:
+      rows = None
+      if opts.overlap and number:  # the run was resumed: it is in the state
+        rows = jax.tree.map(mesh_lib.to_host, extra["next"])
+      self._next = self._begin(measure, params, number, rows, metrics)
+    _, rows, asked = self._next
+    self._next = None
+    per_rollout = opts.minibatches * opts.epochs
+    if opts.overlap and (number + 1) * per_rollout < self._cfg.steps:
+      # Rewards of this rollout come in meanwhile.
+      self._next = self._begin(measure, params, number + 1, None, metrics)
+      extra = {**extra, "next": self._placed(params, self._next[1])}
+    heard = self._rewarder.hear(asked)
+    metrics |= {
+      "time/reward_wait_seconds": heard.seconds,
+      **heard.combined.metrics,
+    }
+    for line in heard.warnings if jax.process_index() == 0 else ():
+      print(f"warning: {line}", file=sys.stderr, flush=True)
+    rows = self._with_advantages(rows, heard)
+    self._shown, self._current = (asked, heard), (number, rows)
+    if per_rollout > 1:
+      extra = {**extra, "current": self._placed(params, rows)}
+    return extra, metrics
+
+  def _begin(self, measure, params, number, rows, metrics):
+    """(number, rows, scores on their way); rows: drawn before, or None."""
+    roller = self._rolled(params)
+    prompts = self._prompts[number]
+    grid = roller.grid_of(prompts[0].size)
+    start = time.perf_counter()
+    if rows is None:
+      drawn = roller.draw(params[POLICY], prompts, number)
+      drawn_at = time.perf_counter()
+      rows = self._measured(measure, drawn)
+      metrics["time/rollout_seconds"] = drawn_at - start
+      metrics["time/logp_seconds"] = time.perf_counter() - drawn_at
+    start = time.perf_counter()
+    asked = self._ask(number, prompts, rows["codes"], grid)
+    metrics["time/paint_seconds"] = time.perf_counter() - start
+    return number, rows, asked
+
+  def _ask(self, number, prompts, codes, grid, group=None) -> Asked:
+    """Paints images and asks for their rewards."""
+    opts = self._cfg.options
+    each = [p for p in prompts for _ in range(group or opts.group_size)]
+    images = self._roller.paint(
+      codes[:, : grid[0] * grid[1]],
+      # The decoder reads a prompt as the vocabulary spells it.
+      [self._spelled(p) for p in each],
+      number,
+      grid,
+    )
+    return self._rewarder.ask(
+      number * opts.minibatches * opts.epochs, each, images
+    )
+
+  def _spelled(self, prompt: Prompt) -> str:
+    return self._tokenizer.text(self._tokenizer.encode(prompt.text))
+
+  def _measured(self, measure, drawn: Drawn) -> dict[str, np.ndarray]:
+    """Rows with their log-probs before any update, whole on every host."""
+    opts = self._cfg.options
+    rows = {
+      "tokens": drawn.tokens,
+      "valid": drawn.valid,
+      "codes": drawn.codes,
+      # A prompt that was cut asks for something else.
+      "mask": drawn.mask * drawn.fits[:, None],
+      "advantage": np.zeros(len(drawn.codes), np.float32),
+      "logp_sampler": drawn.logp_sampler,
+    }
+    if drawn.support is not None:
+      rows["support"] = drawn.support
+    at_once = opts.score_rows or self._cfg.global_batch
+    process = (jax.process_index(), jax.process_count())
+    begin, size = own_rows(at_once, process)
+    found = []
+    for first in range(0, self._rows, at_once):
+      some = slice(first + begin, first + begin + size)
+      found.append(
+        jax.tree.map(
+          mesh_lib.to_host, measure({k: x[some] for k, x in rows.items()})
+        )
+      )
+    joined = jax.tree.map(lambda *x: np.concatenate(x), *found)
+    return {**rows, **joined}
+
+  def _with_advantages(self, rows, heard: Heard):
+    opts, rewards = self._cfg.options, heard.combined.rewards
+    advantage = policy.group_advantages(
+      rewards, opts.group_size, normalise=opts.normalise
+    )
+    there = np.isfinite(rewards)[:, None]
+    return {**rows, "advantage": advantage, "mask": rows["mask"] * there}
+
+  def _placed(self, params, rows):
+    """Rows as arrays that are saved with the state."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return {k: jax.device_put(x, whole) for k, x in rows.items()}
+
+  def evaluate(self, params: Params, step: int) -> dict[str, float]:
+    """Mean rewards of held-out prompts, a group of images each."""
+    roller, group = self._rolled(params), self._cfg.options.group_size
+    total: dict[str, float] = {}
+    count = self._cfg.report.eval_batches
+    for i in range(count):
+      prompts = self._held_out[i]
+      # The same keys at every step: what differs is the policy.
+      drawn = roller.draw(params[POLICY], prompts, _HELD_OUT + i)
+      asked = self._ask(_HELD_OUT + i, prompts, drawn.codes, drawn.grid, group)
+      heard = self._rewarder.hear(asked, watch=False)
+      for name, value in heard.combined.metrics.items():
+        name = f"held_out/{name.removeprefix('reward/')}"
+        total[name] = total.get(name, 0.0) + value / count
+    return total
+
+  def preview(self, params: Params, step: int) -> list[Picture]:
+    """Images of the last rollout, with what the rewards said of them."""
+    del params, step
+    if self._shown is None:  # resumed, and nothing drawn yet
+      return []
+    asked, heard = self._shown
+    group, (prompts, images) = self._cfg.options.group_size, _PREVIEW
+    found = []
+    for row, image in sorted(asked.images.items()):
+      if row // group < prompts and row % group < images:
+        said = "\n".join(
+          f"{name}: {_said(scores[row])}"
+          for name, scores in heard.scores.items()
+        )
+        text = asked.prompts[row].text if row % group == 0 else ""
+        found.append(Picture(Image.fromarray(image), f"{text}\n{said}".strip()))
+    return found
+
+  def close(self) -> None:
+    self._rewarder.close()
+
+  def _rolled(self, params) -> Roller:
+    """The roller; the decoder is loaded when it is first needed."""
+    if self._roller is None:
+      cfg, decoder = self._cfg, self._decoder
+      mesh = jax.tree.leaves(params)[0].sharding.mesh
+      self._roller = Roller(
+        options=cfg.options,
+        arch=self._arch,
+        compute=cfg.compute,
+        scheduler=decoder.scheduler,
+        tokenizer=self._tokenizer,
+        t5_ids=T5Ids(
+          decoder.folder / "tokenizer_2",
+          encoder_ids.t5_length(decoder.folder / "tokenizer_2"),
+          cfg.data.text_backend,
+        ),
+        clip_ids=encoder_ids.load_clip_tokenizer(
+          decoder.folder / "tokenizer", self._arch.clip.max_position_embeddings
+        ),
+        parts={
+          name: released.load(self._files[name], mesh, cfg.compute.dtype)
+          for name in _DECODER
+        },
+        key=jax.random.fold_in(jax.random.key(cfg.seed), 0x6790),
+      )
+    return self._roller
+
+
+def _said(score) -> str:
+  """A score and what was read, for people."""
+  if score.score is None:
+    return score.error_kind or "none"
+  raw = score.raw if isinstance(score.raw, dict) else {}
+  return f"{score.score:.2f} {raw.get('text', '')}".strip()
