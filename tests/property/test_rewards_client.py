@@ -252,6 +252,7 @@ FAULTS = {
   ),
   "text": (_reply(lambda e: [x | {"score": "1"} for x in e]), {"bad_reply"}),
   "true": (_reply(lambda e: [x | {"score": True} for x in e]), {"bad_reply"}),
+  "ok_number": (_reply(lambda e: [x | {"ok": 1} for x in e]), {"bad_reply"}),
   "ok_null": (
     _reply(lambda e: [x | {"score": None} for x in e]),
     {"bad_reply"},
@@ -315,8 +316,9 @@ def test_client_tries_again_after_a_hiccup(serve):
   assert all(s.ok for s in _ask([server.url], _items(3), settings)[0])
 
 
-def test_client_goes_round_an_endpoint_that_hangs(serve):
-  bad = serve(lambda items, _: time.sleep(3))
+@pytest.mark.parametrize("fault", ["hangs", "drips", "hangs_up", "busy"])
+def test_client_goes_round_an_endpoint_that(serve, fault):
+  bad = serve(FAULTS[fault][0])
   good = serve(lambda items, _: (200, _honest(items)))
   settings = FAST._replace(try_seconds=0.4)
   scores, seconds = _ask([bad.url, good.url], _items(12), settings)

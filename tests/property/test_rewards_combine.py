@@ -230,9 +230,9 @@ def test_watch_with_a_rate_of_1_never_stops():
 def test_watch_warns_once_where_a_shadow_falls():
   rewards = (_reward("ocr"), _reward("hps", 0.0))
   cfg = CombineConfig(drift_window=5)
-  apart = [_step(8, 0, ocr=0.01 * n, hps=0.9 - 0.01 * n) for n in range(10)]
+  apart = [_step(8, 0, ocr=0.01 * n, hps=0.9 - 0.01 * n) for n in range(14)]
   survived, warnings = _run(apart, cfg, rewards)
-  assert survived == 10
+  assert survived == 14
   assert len(warnings) == 1
   assert "ocr rose by 0.050" in warnings[0]
   assert "hps fell by 0.050 to 0.830" in warnings[0]

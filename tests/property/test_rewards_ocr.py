@@ -26,7 +26,7 @@ PADDLE_RESULT = {
   "rec_texts": ["LATE", "THE", "OPEN", "DAY"],
   "rec_scores": np.array([0.9, 0.8, 1.0, 0.7]),
   "rec_polys": [
-    np.array([[70, 62], [120, 62], [120, 80], [70, 80]], np.int16),
+    np.array([[70, 57], [120, 57], [120, 75], [70, 75]], np.int16),
     np.array([[10, 20], [60, 20], [60, 40], [10, 40]], np.int16),
     np.array([[10, 60], [60, 58], [60, 78], [10, 80]], np.int16),
     np.array([[70, 22], [120, 22], [120, 40], [70, 40]], np.int16),
@@ -62,11 +62,12 @@ def rapidocr():
 
 
 def test_rapidocr_reads_the_drawn_worlds_signs(rapidocr):
-  items = [_sign(i, s) for s in ("train", "test") for i in range(15)]
+  items = [_sign(i, s) for s in ("train", "test") for i in range(20)]
   scores = ocr.make_scorer(rapidocr, spaces=False)(items)
-  # Of 300 signs 96 % were exact; the rest holds O for 0 or the other way.
-  assert np.mean([s.score == 1.0 for s in scores]) >= 0.85
-  assert np.mean([s.score for s in scores]) >= 0.97
+  # 39 of these 40, and 95 % of 300; the rest has 0 for O. Read at 96 px,
+  # as they are, it is 36.
+  assert np.sum([s.score == 1.0 for s in scores]) >= 38
+  assert np.mean([s.score for s in scores]) >= 0.98
   # The same images with each other's words are worth little.
   swapped = [
     a._replace(targets=b.targets)

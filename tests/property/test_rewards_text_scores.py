@@ -128,7 +128,8 @@ def test_reward_of_a_hack_is_below_that_of_half_the_text(hack):
 
 
 def test_loop_is_found_and_rhythm_of_a_target_allowed():
-  assert text_reward("HA" * 20, ("HAT",), "en").looped
+  looped = text_reward("HA" * 20, ("HAT",), "en")
+  assert (looped.looped, looped.score) == (True, 0.0)
   assert text_reward("春天" * 8, ("春天来了",), "zh").looped
   laughing = ("HA HA HA HA HA",)
   assert text_reward(laughing[0], laughing, "en").score == 1.0

@@ -114,7 +114,7 @@ class _Call:
       while len(self._found) < len(self._items) and self._left() > 0:
         self._change.wait(min(self._left(), 1.0))
       self._over.set()
-      found = dict(self._found)
+      found = dict(self._found)  # what comes later does not count
     late = f"no score within {self._settings.deadline} s"
     return [
       found.get(i) or wire.failed(item.id, "timeout", late)
@@ -129,9 +129,8 @@ class _Call:
 
   def _deliver(self, indices, scores):
     with self._change:
-      if not self._over.is_set():  # what comes after the end does not count
-        self._found.update(zip(indices, scores, strict=True))
-        self._change.notify()
+      self._found.update(zip(indices, scores, strict=True))
+      self._change.notify()
 
   def _fail(self, indices, kind, message):
     self._deliver(
@@ -227,7 +226,7 @@ class _Call:
         headers={"X-Request-Id": request_id},
         timeout=seconds,
       ) as reply:
-        for chunk in reply.iter_raw(2**16):
+        for chunk in reply.iter_raw():
           body += chunk
           if len(body) > _MAX_REPLY:
             raise _Trouble("bad_reply", f"{url} answers without end")
