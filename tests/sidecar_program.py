@@ -2,18 +2,21 @@
 
   python -m tests.sidecar_program '{"port": 0, "max_items": 4}'
 
+and with "ray": true under Ray Serve.
+
 The score is the image's mean brightness; a prompt may ask for trouble:
 "poison" makes the whole batch raise, "nan" scores NaN, "lost" gives no score
-for the batch, "sleep 2" takes 2 s.
+for the batch, "die" ends the process, "sleep 2" takes 2 s.
 """
 
 import json
+import os
 import sys
 import time
 
 from xomni_jax.rewards.wire import Score
 from xomni_jax.sidecar import __main__ as program
-from xomni_jax.sidecar import engines
+from xomni_jax.sidecar import engines, ray_app
 from xomni_jax.sidecar.settings import App
 
 REV = "brightness-1"
@@ -24,6 +27,8 @@ def brightness(items):
   prompts = [item.prompt for item in items]
   if "poison" in prompts:
     raise RuntimeError("poisoned\nimage")
+  if "die" in prompts:
+    os._exit(1)
   if "lost" in prompts:
     return []
   for prompt in prompts:
@@ -47,14 +52,22 @@ def unwell():
   raise RuntimeError("model is\ngone")
 
 
-def main():
-  said = json.loads(sys.argv[1])
-  checks = {"check": unwell} if said.pop("unwell", False) else {}
-  app = App(**{"name": "brightness", "reward": "brightness", **said})
-  reward = engines.Reward(
+def reward(app):
+  """The reward of an application of this program."""
+  checks = {"check": unwell} if app.settings.get("unwell") else {}
+  return engines.Reward(
     engines.isolated(brightness, REV), REV, {"scale": 255}, **checks
   )
-  program.serve_alone(app, app.token(), reward)
+
+
+def main():
+  said = json.loads(sys.argv[1])
+  under_ray = said.pop("ray", False)
+  app = App(**{"name": "brightness", "reward": "brightness", **said})
+  if under_ray:
+    ray_app.run(app, app.token(), reward)
+  else:
+    program.serve_alone(app, app.token(), reward(app))
 
 
 if __name__ == "__main__":

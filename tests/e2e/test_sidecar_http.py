@@ -122,6 +122,14 @@ def test_sidecar_request_at_the_limit_is_answered(url):
   assert reply.json()["items"][0]["score"] == 0.2
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "", "multipart/form-data"])
+def test_sidecar_other_content_types_are_415(url, kind):
+  headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": kind}
+  data = wire.to_json([grey("a", 1)])
+  reply = requests.post(f"{url}/v1/score", data=data, headers=headers)
+  assert reply.status_code == 415
+
+
 def test_sidecar_too_many_items_is_413(url):
   reply = post(url, wire.to_json([grey(f"{i}", 1) for i in range(7)]))
   assert reply.status_code == 413 and "7 items" in reply.json()["error"]
@@ -241,7 +249,7 @@ def test_sidecar_info_and_health(url):
 
 
 def test_sidecar_whose_model_is_gone_is_unhealthy():
-  with brightness(unwell=True) as url:
+  with brightness(settings={"unwell": True}) as url:
     reply = requests.get(f"{url}/health")
     assert reply.status_code == 503
     assert reply.json()["error"] == "model is gone"

@@ -57,6 +57,13 @@ def make_app(
       if not _has_token(request, token):
         await _body(request, 0, app)
         raise _RefusedError(401, _NO_TOKEN)
+      # A web page can send other kinds to a server on the same machine.
+      kind = request.headers.get("content-type", "").partition(";")[0]
+      if kind.strip().lower() != "application/json":
+        await _body(request, 0, app)
+        raise _RefusedError(
+          415, f"content type is {kind[:40]!r}, expected application/json"
+        )
       if ongoing.locked():
         raise _RefusedError(
           503, f"more than {app.max_ongoing} requests at once, try again later"

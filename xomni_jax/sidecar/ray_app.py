@@ -1,34 +1,44 @@
 """A reward as a Ray Serve application: replicas, GPU share, dynamic batches."""
 
 import asyncio
-import functools
 import signal
+import threading
+from collections.abc import Callable
 
 from xomni_jax.errors import InputError
 from xomni_jax.sidecar import engines
+from xomni_jax.sidecar.engines import Reward
 from xomni_jax.sidecar.settings import App
 
 
-def deployment(app: App, token: str):
-  """The Ray Serve application of one reward."""
+def open_reward(app: App) -> Reward:
+  """The reward of the settings."""
+  return engines.open_reward(app.reward, app.settings)
+
+
+def deployment(app: App, token: str, open_it: Callable[[App], Reward]):
+  """The Ray Serve application of one reward, opened on each replica."""
   from ray import serve
 
-  ingress = serve.ingress(functools.partial(_on_replica, app, token))()
+  def build():  # Ray takes a plain function for a builder
+    return _on_replica(app, token, open_it(app))
+
+  ingress = serve.ingress(build)()
+  # Beyond a replica's requests, Ray says 503 itself, from a queue as long.
   return serve.deployment(
     name=app.name,
     num_replicas=app.replicas,
     ray_actor_options={"num_gpus": app.num_gpus, "num_cpus": app.num_cpus},
     max_ongoing_requests=app.max_ongoing,
+    max_queued_requests=app.max_ongoing * app.replicas,
   )(ingress).bind()
 
 
-def _on_replica(app, token):
-  """The HTTP application, built in a replica's process; loads the model."""
+def _on_replica(app, token, reward):
+  """The HTTP application in a replica's process."""
   from ray import serve
 
   from xomni_jax.sidecar.app import make_app
-
-  reward = engines.open_reward(app.reward, app.settings)
 
   # Images of all requests that a replica has at hand share a batch.
   @serve.batch(
@@ -43,9 +53,13 @@ def _on_replica(app, token):
   return make_app(app, reward, score, token)
 
 
-def run(app: App, token: str) -> None:
+def run(
+  app: App, token: str, open_it: Callable[[App], Reward] = open_reward
+) -> None:
   """Serves until the process is told to stop; says on stdout where.
 
+  Args:
+    open_it: called on each replica.
   Raises:
     InputError: Ray is missing, or the application does not start.
   """
@@ -57,38 +71,36 @@ def run(app: App, token: str) -> None:
       f"Ray Serve can't be loaded ({e}); pip install 'ray[serve]', or serve "
       "with --no-ray"
     ) from None
-  stop = _stop_signals()
+  # Ray's own ports are open to the network, and ask for Ray's own token.
   ray.init(
-    address=app.ray_address,
-    include_dashboard=False,
-    logging_level="warning",
+    address=app.ray_address, include_dashboard=False, logging_level="warning"
   )
+  quiet = {"log_level": "WARNING", "enable_access_log": False}
   try:
-    serve.start(http_options={"host": app.host, "port": app.port})
+    serve.start(
+      http_options={"host": app.host, "port": app.port}, logging_config=quiet
+    )
     try:
-      serve.run(deployment(app, token), name=app.name, route_prefix="/")
+      serve.run(
+        deployment(app, token, open_it), name=app.name, logging_config=quiet
+      )
     except RuntimeError as e:
       reason = " ".join(str(e).split())[-400:]
       raise InputError(
         f"application {app.name!r} does not start: {reason}"
       ) from None
     print(f"serving {app.name} on http://{app.host}:{app.port}", flush=True)
-    stop()
+    _wait_until_told()
   finally:
-    serve.shutdown()
+    if app.ray_address != "local":  # others' applications stay
+      serve.delete(app.name)
     ray.shutdown()
 
 
-def _stop_signals():
-  """A function that waits for SIGTERM or SIGINT."""
-  import threading
-
+def _wait_until_told():
+  """Waits for SIGTERM or SIGINT; Ray has handlers of its own, that end hard."""
   told = threading.Event()
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: told.set())
-
-  def wait():
-    while not told.wait(0.5):
-      pass
-
-  return wait
+  while not told.wait(0.5):
+    pass

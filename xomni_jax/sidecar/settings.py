@@ -72,7 +72,7 @@ class App:
       }.get(field.type, isinstance(value, Mapping))
       least = _LEAST.get(field.name)
       if not good or (least is not None and value < least):
-        kind = getattr(field.type, "__name__", "mapping")
+        kind = _KINDS.get(field.type, "mapping")
         bound = "" if least is None else f" of at least {least}"
         problems.append(f"{field.name} is {value!r}, expected a {kind}{bound}")
     if problems:
@@ -98,6 +98,7 @@ class App:
     return token
 
 
+_KINDS = {str: "text", int: "whole number", float: "finite number"}
 _LEAST = {
   "port": 0,
   "replicas": 1,

@@ -1,0 +1,109 @@
+"""Settings of sidecars: the repository's config, changes, and bad values."""
+
+import inspect
+
+import pytest
+
+from xomni_jax.errors import InputError
+from xomni_jax.sidecar import engines
+from xomni_jax.sidecar.settings import App, read_app
+
+CONFIG = "configs/sidecar.py"
+APPS = [
+  "ocr",
+  "paddleocr",
+  "got",
+  "tesseract",
+  "hps",
+  "unified_reward",
+  "qwen_alignment",
+]
+
+
+@pytest.mark.parametrize("size", ["", ":7b", ":tiny"])
+def test_sidecar_config_has_applications_that_rewards_take(size):
+  apps = [read_app(CONFIG + size, name) for name in APPS]
+  assert len({app.port for app in apps}) == len(apps)
+  for app in apps:
+    known = inspect.signature(getattr(engines, app.reward)).parameters
+    assert set(app.settings) <= set(known), app.name
+    assert app.host == "127.0.0.1"
+    if size == ":tiny":
+      assert (app.replicas, app.num_gpus) == (1, 0)
+
+
+def test_sidecar_settings_change_by_key_and_value():
+  changes = [
+    "port=8200",
+    "settings.threads=2",
+    "settings.model=a=b",
+    "host=::1",
+  ]
+  app = read_app(CONFIG, "ocr", changes)
+  assert (app.port, app.host) == (8200, "::1")
+  assert app.settings == {"engine": "rapidocr", "threads": 2, "model": "a=b"}
+  assert read_app(CONFIG, "ocr").settings["threads"] == 1
+
+
+@pytest.mark.parametrize(
+  "spec, name, changes, message",
+  [
+    ("none.py", "ocr", [], "no such file"),
+    ("README.md", "ocr", [], "no such file"),
+    (f"{CONFIG}:huge", "ocr", [], "expected one of 7b, tiny"),
+    (CONFIG, "ocrr", [], "expected one of got, hps, ocr"),
+    (CONFIG, "ocr", ["prot=3"], "names no setting"),
+    (CONFIG, "ocr", ["port"], "names no setting"),
+    (CONFIG, "ocr", ["settings=3"], "names no setting"),
+    (CONFIG, "ocr", ["limits.items=3"], "names no setting"),
+    (
+      CONFIG,
+      "ocr",
+      ["port=-1"],
+      "port is -1, expected a whole number of at least 0",
+    ),
+    (CONFIG, "ocr", ["max_items=1.5"], "max_items is 1.5"),
+    (CONFIG, "ocr", ["replicas=True"], "replicas is True"),
+    (CONFIG, "ocr", ["timeout_s=1e999"], "timeout_s is inf"),
+  ],
+)
+def test_sidecar_settings_that_are_wrong_are_one_line(
+  spec, name, changes, message
+):
+  with pytest.raises(InputError) as e:
+    read_app(spec, name, changes)
+  assert message in str(e.value)
+  assert len(str(e.value).splitlines()) == 1
+
+
+def test_sidecar_settings_report_all_problems_at_once():
+  with pytest.raises(InputError) as e:
+    App("x", "ocr", port="80", replicas=0, max_aspect=float("nan"))
+  for name in ("port is '80'", "replicas is 0", "max_aspect is nan"):
+    assert name in str(e.value)
+
+
+@pytest.mark.parametrize(
+  "host, needs",
+  [
+    ("127.0.0.1", False),
+    ("127.8.0.1", False),
+    ("::1", False),
+    ("localhost", False),
+    ("0.0.0.0", True),
+    ("::", True),
+    ("10.0.0.1", True),
+    ("localhost.example.org", True),
+    ("", True),
+  ],
+)
+def test_sidecar_needs_a_token_beyond_loopback(monkeypatch, host, needs):
+  app = App("x", "ocr", host=host, token_env="TOKEN_OF_THE_TEST")
+  monkeypatch.setenv("TOKEN_OF_THE_TEST", " ")
+  if needs:
+    with pytest.raises(InputError, match="without a token"):
+      app.token()
+  else:
+    assert app.token() == ""
+  monkeypatch.setenv("TOKEN_OF_THE_TEST", "secret\n")
+  assert app.token() == "secret"
