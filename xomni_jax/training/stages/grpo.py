@@ -318,4 +318,5 @@ def _said(score) -> str:
   if score.score is None:
     return score.error_kind or "none"
   raw = score.raw if isinstance(score.raw, dict) else {}
-  return f"{score.score:.2f} {raw.get('text', '')}".strip()
+  read = " / ".join(str(raw.get("text", "")).split("\n"))
+  return f"{score.score:.2f} {read}".strip()

@@ -1,0 +1,213 @@
+"""Rollouts and updates of the policy, on the golden checkpoint.
+
+Rewards are functions of the codes: what is painted is their numbers.
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import GOLDEN
+from xomni_jax.errors import InputError
+from xomni_jax.inference import painter
+from xomni_jax.mesh import make_mesh
+from xomni_jax.rewards import wire
+from xomni_jax.training import build, configure, loop, rewarding, rollout, step
+from xomni_jax.training.layout import flatten, make_layout
+
+WANTED = 7  # a code
+
+
+def settings(**changes):
+  """The tiny config on the golden checkpoint: 32 images of 2 x 3 codes."""
+  config = configure.read("configs/grpo.py:tiny")
+  sizes = configure.read("configs/model.py:tiny").to_dict()
+  config.architecture = {k: sizes[k] for k in config.architecture}
+  configure.override(
+    config,
+    [
+      "global_batch=32",
+      f"init.model={GOLDEN / 'xomni'}",
+      f"init.flux={GOLDEN / 'flux1'}",
+      "options.sizes=((32, 48),)",
+      "options.prompt_len=80",
+      "report.eval_every=0",
+      "report.preview_every=0",
+      "checkpoint.every=1000",
+      "checkpoint.export=False",
+      "phases.1_all.warmup_steps=0",
+      "phases.1_all.decay=constant",
+      *(f"{k.replace('__', '.')}={v}" for k, v in changes.items()),
+    ],
+  )
+  return config
+
+
+def share_of(code):
+  """A scorer: the share of a code in an image of codes."""
+
+  def scorer(items):
+    return [
+      wire.Score(i.id, True, float((i.image[..., 0] == code).mean()))
+      for i in items
+    ]
+
+  return scorer
+
+
+@pytest.fixture
+def codes_as_images(monkeypatch):
+  """Paints code c as the pixel (c, c, c)."""
+
+  def paint_rows(parts, codes, *args, grid, **kwargs):
+    pixels = np.asarray(codes, np.uint8).reshape(-1, *grid, 1)
+    return jax.device_put(np.repeat(pixels, 3, axis=-1))
+
+  monkeypatch.setattr(painter, "paint_rows", paint_rows)
+
+
+def train(config, workdir, monkeypatch, scorer):
+  """Metrics of each step of a run in this process."""
+  monkeypatch.setattr(rewarding, "open_scorer", lambda cfg: scorer)
+  cfg, arch = configure.parse(config, "test")
+  stage = build.stage(cfg, arch, config, workdir)
+  status = loop.train(cfg, stage, workdir, settings=config.to_dict())
+  assert status == 0
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+FILTERS = {
+  "plain": {},
+  "temperature": {"temperature": 0.6},
+  "top_k": {"top_k": 5},
+  "top_p": {"top_p": 0.7},
+  "min_p": {"min_p": 0.2},
+  "all": {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_training_scores_what_the_sampler_drew(name):
+  config = settings(**{f"options__{k}": v for k, v in FILTERS[name].items()})
+  cfg, arch = configure.parse(config, "test")
+  program = build.program(cfg, arch, config)
+  mesh = make_mesh(devices=jax.devices()[:1])
+  layout = make_layout(program.parts, cfg.phases, mesh, cfg.frozen_dtype)
+  stage = build.stage(cfg, arch, config, "unused")
+  params = stage.load(mesh, {"ar": "float32", "ref": "float32"})
+  run = stage.collect.__self__
+  with jax.set_mesh(mesh):
+    roller = run._rolled(params)
+    prompts = run._prompts[0]
+    # Prompts of several lengths: padded on the left by as many.
+    lengths = {len(roller.tokenizer.encode(p.text)) for p in prompts}
+    assert len(lengths) > 1
+    drawn = roller.draw(params["ar"], prompts, 0)
+    measure = step.rows_step(cfg, layout, program.measure)
+    rows = run._measured(
+      lambda rows: measure(flatten(params), step.place_batch(rows, mesh)),
+      drawn,
+    )
+  assert (drawn.support is None) == (name in ("plain", "temperature"))
+  gap = np.abs(rows["logp_old"] - rows["logp_sampler"])
+  assert gap.max() < 1e-4  # float32, in another order of operations
+
+
+def test_padding_of_prompts_changes_no_code():
+  config = settings()
+  cfg, arch = configure.parse(config, "test")
+  stage = build.stage(cfg, arch, config, "unused")
+  mesh = make_mesh(devices=jax.devices()[:1])
+  params = stage.load(mesh, {"ar": "float32"})
+  run = stage.collect.__self__
+  found = []
+  with jax.set_mesh(mesh):
+    roller = run._rolled(params)
+    for length in (80, 120):
+      options = dataclasses.replace(cfg.options, prompt_len=length)
+      padded = dataclasses.replace(roller, options=options)
+      # Draws depend on the slot of the cache, likeliest codes do not.
+      found.append(
+        padded.draw(params["ar"], run._prompts[0], 0, greedy=True, copies=1)
+      )
+  assert all(drawn.fits.all() for drawn in found)
+  assert (found[0].codes == found[1].codes).all()
+  gap = np.abs(found[0].logp_sampler - found[1].logp_sampler)
+  assert gap.max() < 1e-4
+
+
+@pytest.mark.parametrize("filters", ["plain", "all"])
+def test_ratio_is_one_at_the_first_update(
+  tmp_path, monkeypatch, codes_as_images, filters
+):
+  config = settings(
+    phases__1_all__steps=4,
+    options__epochs=2,
+    optim__lr=3e-3,
+    **{f"options__{k}": v for k, v in FILTERS[filters].items()},
+  )
+  found = train(config, tmp_path, monkeypatch, share_of(WANTED))
+  off = [metrics["grpo/ratio_off"] for metrics in found]
+  # A rollout is gone through twice: only the first time nothing has moved.
+  assert off[0] < 1e-6 and off[2] < 1e-6, off
+  assert off[1] > 1e-3 and off[3] > 1e-3, off
+
+
+def test_reward_rises_and_a_large_beta_holds_it(
+  tmp_path, monkeypatch, codes_as_images
+):
+  """64 codes: the share of one begins near 1/64."""
+  rise = {}
+  for name, beta in (("free", 0.0), ("held", 100.0)):
+    config = settings(
+      phases__1_all__steps=40,
+      optim__lr=2e-3,
+      options__beta=beta,
+      options__normalise=False,
+      options__temperature=1.0,
+    )
+    found = train(config, tmp_path / name, monkeypatch, share_of(WANTED))
+    rise[name] = [metrics["reward/ocr"] for metrics in found]
+  assert rise["free"][0] == rise["held"][0] < 0.1
+  assert np.mean(rise["free"][-5:]) > 0.9
+  assert np.mean(rise["held"][-5:]) < 0.1
+
+
+def test_failed_scores_are_masked_and_never_zero(
+  tmp_path, monkeypatch, codes_as_images
+):
+  def scorer(items):
+    good = share_of(WANTED)(items)
+    # Every fourth fails.
+    return [
+      wire.failed(s.id, "timeout", "too late") if i % 4 == 0 else s
+      for i, s in enumerate(good)
+    ]
+
+  config = settings(phases__1_all__steps=2)
+  config.options.combine = {"max_failure_rate": 0.5}
+  found = train(config, tmp_path, monkeypatch, scorer)
+  for metrics in found:
+    assert metrics["reward/ocr_failed"] == metrics["reward/masked"] == 0.25
+
+
+def test_own_rows_are_each_given_once():
+  mesh = make_mesh(devices=jax.devices()[:1])
+  x = jax.device_put(
+    np.arange(6).reshape(6, 1),
+    jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+  )
+  assert [(i, int(v[0])) for i, v in rollout.own_rows(x)] == [
+    (i, i) for i in range(6)
+  ]
+
+
+def test_rollout_has_to_be_whole_groups(tmp_path):
+  config = settings(global_batch=20)
+  cfg, arch = configure.parse(config, "test")
+  with pytest.raises(InputError, match="no multiple of group_size 8"):
+    build.stage(cfg, arch, config, tmp_path)

@@ -1,0 +1,253 @@
+"""The GRPO loss against plain float64, and what must not change it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xomni_jax.config_files import load_architecture
+from xomni_jax.errors import InputError
+from xomni_jax.reward_config import RewardConfig
+from xomni_jax.stage_options import GRPOOptions
+from xomni_jax.training import policy
+
+B, L, D = 6, 5, 16
+ARCH = load_architecture("configs/model.py:tiny")
+V = ARCH.ar.image_vocab_size
+
+
+def options(**changes):
+  return GRPOOptions(((32, 32),), (RewardConfig("x", "local:ocr"),), **changes)
+
+
+def some_scores(seed, spread=0.3):
+  """Scores and rows whose ratios lie on both sides of the clip."""
+  rng = np.random.default_rng(seed)
+  logp = -rng.exponential(1.0, (B, L))
+  near = lambda: (logp + rng.normal(0, spread, (B, L))).astype(np.float32)
+  mask = np.ones((B, L), np.float32)
+  mask[1, 3:] = 0  # a smaller image
+  mask[4] = 0  # without a reward
+  scores = policy.TokenScores(
+    logp.astype(np.float32), near(), rng.random((B, L), np.float32)
+  )
+  batch = {
+    "logp_old": near(),
+    "logp_ref": near(),
+    "logp_sampler": near(),
+    "advantage": rng.normal(0, 1, B).astype(np.float32),
+    "mask": mask,
+  }
+  return scores, batch
+
+
+def plain_loss(scores, batch, opts):
+  """The loss and its gradient by `scores.logp` and `logp_model`, float64."""
+  total, by_logp, by_model = 0.0, np.zeros((B, L)), np.zeros((B, L))
+  mask = batch["mask"].astype(np.float64)
+  for b in range(B):
+    for t in range(L):
+      if not mask[b, t]:
+        continue
+      if opts.aggregate == "token":
+        share = 1 / mask.sum()
+      else:
+        share = 1 / mask[b].sum() / (mask.sum(1) > 0).sum()
+      a = float(batch["advantage"][b])
+      ratio = np.exp(
+        np.float64(scores.logp[b, t]) - np.float64(batch["logp_old"][b, t])
+      )
+      kept = min(max(ratio, 1 - opts.clip_low), 1 + opts.clip_high)
+      slope = ratio * a if ratio * a <= kept * a else 0.0
+      weight = 1.0
+      if opts.importance_cap:
+        gap = np.float64(batch["logp_old"][b, t]) - np.float64(
+          batch["logp_sampler"][b, t]
+        )
+        weight = min(np.exp(gap), opts.importance_cap)
+      d = np.float64(batch["logp_ref"][b, t]) - np.float64(
+        scores.logp_model[b, t]
+      )
+      kl = np.exp(d) - d - 1
+      total += share * (-weight * min(ratio * a, kept * a) + opts.beta * kl)
+      by_logp[b, t] = -share * weight * slope
+      by_model[b, t] = share * opts.beta * (1 - np.exp(d))
+  return total, by_logp, by_model
+
+
+def our_loss(scores, batch, opts):
+  totals = policy.policy_totals(batch)
+  return policy.policy_loss(scores, batch, totals, opts)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"aggregate": "sequence"},
+    {"beta": 0.5, "clip_low": 0.1, "clip_high": 0.3},
+    {"importance_cap": 1.1},
+  ],
+  ids=lambda c: ",".join(c) or "defaults",
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_and_gradient_are_those_of_float64(seed, changes):
+  opts = options(**changes)
+  scores, batch = some_scores(seed)
+  (value, _), slopes = jax.value_and_grad(
+    lambda s: our_loss(s, batch, opts), has_aux=True
+  )(scores)
+  total, by_logp, by_model = plain_loss(scores, batch, opts)
+  # Float32 sums of about 25 terms of size 1.
+  assert abs(value - total) < 2e-6
+  assert np.abs(slopes.logp - by_logp).max() < 1e-6
+  assert np.abs(slopes.logp_model - by_model).max() < 1e-6
+  assert not slopes.entropy.any()
+
+
+def test_contributions_of_parts_add_up_to_the_whole():
+  opts = options(aggregate="sequence")
+  scores, batch = some_scores(0)
+  totals = policy.policy_totals(batch)
+  whole, metrics = policy.policy_loss(scores, batch, totals, opts)
+  parts = [
+    policy.policy_loss(
+      *jax.tree.map(lambda x, p=p: x[p], (scores, batch)), totals, opts
+    )
+    for p in (slice(0, 2), slice(2, 6))
+  ]
+  assert np.isclose(sum(p[0] for p in parts), whole, atol=1e-6)
+  for name, value in metrics.items():
+    assert np.isclose(sum(p[1][name] for p in parts), value, atol=1e-6), name
+
+
+def test_masked_row_changes_nothing_but_its_absence():
+  opts = options()
+  scores, batch = some_scores(1)
+  keep = np.array([0, 1, 2, 3, 5])  # row 4 is masked
+  value, metrics = our_loss(scores, batch, opts)
+  without = our_loss(*jax.tree.map(lambda x: x[keep], (scores, batch)), opts)
+  assert np.isclose(value, without[0], atol=1e-6)
+  other = {**batch, "advantage": batch["advantage"].copy()}
+  other["advantage"][4] = 1e9
+  assert our_loss(scores, other, opts)[0] == value
+  for name, x in metrics.items():
+    assert np.isclose(x, without[1][name], atol=1e-6), name
+
+
+def test_k3_is_never_negative():
+  scores, batch = some_scores(2, spread=1e-4)
+  zero = {**batch, "advantage": np.zeros(B, np.float32)}
+  for spread in (0.0, 1e-7, 1e-5, 1e-3, 1.0):
+    ref = scores.logp_model + np.float32(spread) * np.linspace(
+      -1, 1, L, dtype=np.float32
+    )
+    _, metrics = our_loss(scores, {**zero, "logp_ref": ref}, options())
+    assert metrics["kl"] >= -1e-7
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_advantages_do_not_see_shifts_of_rewards(normalise):
+  rng = np.random.default_rng(0)
+  rewards = rng.random(24)
+  rewards[[3, 17]] = np.nan
+  found = policy.group_advantages(rewards, 8, normalise=normalise)
+  for shift in (-5.0, 1000.0):
+    moved = policy.group_advantages(rewards + shift, 8, normalise=normalise)
+    assert np.abs(moved - found).max() < 1e-5
+  assert found[3] == found[17] == 0
+  groups = found.reshape(3, 8)
+  # Each group's mean, of those that have a reward, is 0.
+  assert np.abs(groups.sum(axis=1)).max() < 1e-5
+  if normalise:
+    own = rewards[8:16]
+    expected = (own - own.mean()) / (own.std() + 1e-4)
+    assert np.abs(groups[1] - expected).max() < 1e-6
+
+
+def test_advantages_are_zero_where_nothing_varies():
+  rewards = np.array([0.3] * 4 + [np.nan] * 3 + [0.9])
+  assert not policy.group_advantages(rewards, 4, normalise=True).any()
+  with pytest.raises(ValueError, match="not groups of 3"):
+    policy.group_advantages(rewards, 3, normalise=True)
+
+
+@functools.cache
+def some_hidden():
+  rng = np.random.default_rng(3)
+  width = ARCH.ar.hidden_size
+  head = rng.normal(0, 1, (ARCH.ar.mm_vocab_size, width)).astype(np.float32)
+  hidden = rng.normal(0, 0.5, (B, L, width)).astype(np.float32)
+  codes = rng.integers(0, V, (B, L)).astype(np.int32)
+  return {"mm_head": head}, hidden, codes
+
+
+def some_support(codes):
+  """bool[B, L, V] with about a tenth of the codes, and those drawn."""
+  kept = np.random.default_rng(4).random((B, L, V)) < 0.1
+  np.put_along_axis(kept, codes[..., None], True, axis=-1)
+  return kept
+
+
+@pytest.mark.parametrize("chunk", [2, L])
+@pytest.mark.parametrize("filtered", [True, False])
+def test_token_scores_are_those_of_float64(filtered, chunk):
+  params, hidden, codes = some_hidden()
+  kept = some_support(codes) if filtered else np.ones((B, L, V), bool)
+  bits = np.packbits(kept, axis=-1) if filtered else None
+  scores = policy.token_scores(
+    params, hidden, codes, bits, ARCH.ar, temperature=0.7, chunk=chunk
+  )
+  head = params["mm_head"][:V].astype(np.float64)
+  logits = hidden.astype(np.float64) @ head.T / 0.7
+
+  def log_softmax(x):
+    top = x.max(axis=-1, keepdims=True)
+    return x - top - np.log(np.exp(x - top).sum(axis=-1, keepdims=True))
+
+  of_code = lambda x: np.take_along_axis(x, codes[..., None], -1)[..., 0]
+  model = log_softmax(logits)
+  with np.errstate(invalid="ignore"):
+    within = log_softmax(np.where(kept, logits, -np.inf))
+    entropy = -np.where(kept, np.exp(within) * within, 0).sum(axis=-1)
+  # Logits are of size 10 in float32.
+  assert np.abs(scores.logp - of_code(within)).max() < 2e-5
+  assert np.abs(scores.logp_model - of_code(model)).max() < 2e-5
+  assert np.abs(scores.entropy - entropy).max() < 2e-5
+
+
+def test_gradients_of_filtered_scores_are_finite_in_chunks():
+  """A run's padding keeps no code at all."""
+  params, hidden, codes = some_hidden()
+  bits = np.packbits(some_support(codes), axis=-1)
+
+  def total(params, hidden, chunk):
+    scores = policy.token_scores(
+      params, hidden, codes, bits, ARCH.ar, temperature=1.0, chunk=chunk
+    )
+    return sum(jnp.sum(x) for x in scores)
+
+  slopes = [
+    jax.grad(total, argnums=(0, 1))(params, hidden, chunk) for chunk in (2, L)
+  ]
+  for a, b in zip(*map(jax.tree.leaves, slopes), strict=True):
+    assert np.isfinite(a).all()
+    assert np.abs(a - b).max() < 1e-4  # sums in another order
+
+
+@pytest.mark.parametrize(
+  ("changes", "says"),
+  [
+    ({"group_size": 1}, "group_size is 1"),
+    ({"cfg_scale": 2.0}, "only 1 can be scored"),
+    ({"overlap": 2}, "overlap is 2"),
+    ({"clip_low": 1.5}, "clip_low 1.5"),
+    ({"aggregate": "mean"}, "aggregate is 'mean'"),
+  ],
+)
+def test_bad_options_are_refused_on_one_line(changes, says):
+  with pytest.raises(InputError, match=says) as e:
+    options(**changes)
+  assert "\n" not in str(e.value)
