@@ -85,7 +85,8 @@ class RewardConfig:
     concurrency: requests at once.
     batch_items, batch_bytes: the most that one request holds.
     token_env: environment variable with the bearer token; "": none is sent.
-    spaces: whether white space counts in OCR.
+    spaces: whether white space counts, for a local engine; a server has a
+      setting of its own.
     threads: of a local engine.
     model: of the local engine got, folder or hub id; "": the released one.
     record: file that every reply is appended to; "": none.
