@@ -4,9 +4,10 @@ import contextlib
 import json
 import os
 import pathlib
-import select
+import queue
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -44,20 +45,24 @@ def served(command, seconds=60, python=sys.executable, **env):
     except subprocess.TimeoutExpired:
       process.kill()
       process.wait()
-    process.stdout.close()
 
 
 def _url(process, seconds):
+  lines = queue.Queue()
+
+  def read():  # to the end, or a full pipe would stop the process
+    with contextlib.suppress(ValueError):  # closed
+      for line in process.stdout:
+        lines.put(line)
+    lines.put(None)
+
+  threading.Thread(target=read, daemon=True).start()
   said, end = [], time.monotonic() + seconds
-  while time.monotonic() < end:
-    if not select.select([process.stdout], [], [], 0.2)[0]:
-      continue
-    line = process.stdout.readline()
-    if line.startswith("serving "):
-      return line.split()[-1]
-    said.append(line)
-    if not line and process.poll() is not None:
-      break
+  with contextlib.suppress(queue.Empty):
+    while line := lines.get(timeout=max(0, end - time.monotonic())):
+      if line.startswith("serving "):
+        return line.split()[-1]
+      said.append(line)
   raise AssertionError(f"sidecar does not serve:\n{''.join(said)}")
 
 

@@ -116,6 +116,13 @@ def test_sidecar_oversized_request_is_413(url, times, chunked):
   assert reply.status_code == 413 and str(LIMIT) in reply.json()["error"]
 
 
+def test_sidecar_refusal_is_heard_by_a_client_that_still_sends():
+  with brightness(max_bytes=8 * 2**20) as url:  # more than sockets hold
+    data = b" " * (20 * 2**20)
+    assert post(url, data).status_code == 413
+    assert post(url, data, "wrong").status_code == 401
+
+
 def test_sidecar_request_at_the_limit_is_answered(url):
   data = wire.to_json([grey("a", 51)])
   reply = post(url, data + b" " * (LIMIT - len(data)))
@@ -275,6 +282,7 @@ def test_sidecar_on_loopback_needs_no_token_and_elsewhere_it_does():
     env={"PATH": "/usr/bin"},
     capture_output=True,
     text=True,
+    timeout=30,
   )
   assert run.returncode == 2 and run.stdout == ""
   assert "without a token" in run.stderr and len(run.stderr.splitlines()) == 1
