@@ -13,10 +13,15 @@ TORCH = ["torch>=2.6"]
 TRAIN = [
   "array_record>=0.8.6",
   "grain>=0.2.18",
+  "httpx2>=2.16",  # asks reward servers
   "matplotlib>=3.10",  # its wheel brings the fonts of the drawn world
+  "onnxruntime>=1.32",
+  # rapidocr names no OpenCV, of which a server needs the one without windows.
+  "opencv-python-headless>=5.0",
   "optax>=0.2.8",
   "orbax-checkpoint>=0.12.8",
   "pyarrow>=20",
+  "rapidocr>=3.10",  # its wheel brings the weights of the OCR reward
   "tensorboardX>=2.6",
 ]
 TEXT = ["tensorflow-text>=2.21"]  # imported only where a config asks for it

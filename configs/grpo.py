@@ -159,6 +159,7 @@ def _tiny():
     "paint_steps": 8,
     "score_rows": 0,
     "loss_chunk": 64,
-    "rewards": ({"name": "ocr", "source": "local:ocr"},),
+    # Letters stand so far apart that OCR reads spaces between them.
+    "rewards": ({"name": "ocr", "source": "local:ocr", "spaces": False},),
   }
   return config

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -159,15 +160,18 @@ def run(config, workdir, *more) -> tuple[int, str, str]:
   return finish(start(config, workdir, *more))
 
 
-def start_together(config, workdir, *more, count: int):
-  """Starts a run of `count` connected processes, one device each."""
+def start_together(config, workdir, *more, count: int, devices: int = 1):
+  """Starts a run of `count` connected processes of `devices` devices each."""
   if count == 1:
-    return [start(config, workdir, *more)]
+    return [start(config, workdir, *more, devices=devices)]
   with socket.socket() as s:
     s.bind(("localhost", 0))
     address = f"localhost:{s.getsockname()[1]}"
   return [
-    start(config, workdir, *more, f"--distributed={address},{count},{i}")
+    start(
+      *(config, workdir, *more, f"--distributed={address},{count},{i}"),
+      devices=devices,
+    )
     for i in range(count)
   ]
 
@@ -181,9 +185,10 @@ def finish_together(started) -> list[tuple[int, str, str]]:
       process.kill()
 
 
-def together(config, workdir, *more, count: int):
+def together(config, workdir, *more, count: int, devices: int = 1):
   """`run` with several processes."""
-  return finish_together(start_together(config, workdir, *more, count=count))
+  started = start_together(config, workdir, *more, count=count, devices=devices)
+  return finish_together(started)
 
 
 def stopped(config, workdir, *more, step: int, count: int = 1):
@@ -230,7 +235,12 @@ def state(workdir, step: int = STEPS) -> dict[str, np.ndarray]:
   """The arrays of a checkpoint by name, read by Orbax alone."""
   reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
   folder = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
-  return {k: np.asarray(v) for k, v in reader.restore(folder).items()}
+  # It may have been saved by more devices than there are here.
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  args = ocp.args.StandardRestore(fallback_sharding=here)
+  return {
+    k: np.asarray(v) for k, v in reader.restore(folder, args=args).items()
+  }
 
 
 def assert_same_state(ours: dict, theirs: dict) -> None:

@@ -168,6 +168,8 @@ class GRPOOptions:
     paint_steps, paint_cfg_scale: of denoising.
     sizes: (height, width) of images, px; the first where a prompt names none.
     rewards: what images are rewarded for.
+    reward_path: "host" asks for rewards in threads, beside what devices do;
+      "fused" in a callback of the program that paints.
     combine: how scores become one reward, and when failures stop a run.
     loss_chunk: positions whose logits exist at once.
   """
@@ -195,6 +197,7 @@ class GRPOOptions:
   score_rows: int = 0
   paint_steps: int = 8
   paint_cfg_scale: float = 1.0
+  reward_path: str = "host"
   combine: CombineConfig = dataclasses.field(default_factory=CombineConfig)
   loss_chunk: int = 1024
 
@@ -222,6 +225,12 @@ class GRPOOptions:
       (
         self.aggregate in ("token", "sequence"),
         f"aggregate is {self.aggregate!r}, expected 'token' or 'sequence'",
+      ),
+      (
+        self.reward_path in ("host", "fused")
+        and not (self.reward_path == "fused" and self.overlap),
+        f"reward_path is {self.reward_path!r} and overlap {self.overlap}, "
+        "expected 'host', or 'fused' without overlap",
       ),
       (
         self.cfg_scale == 1,

@@ -9,12 +9,10 @@ import threading
 
 import pytest
 
-from tests import reward_server
+from tests import grpo_runs
 from tests import train_runs as runs
-from tests.helpers import GOLDEN
-from xomni_jax.training import configure
+from tests.grpo_runs import STEPS
 
-STEPS = 6
 WAYS = {
   "on_policy": {},
   "overlap": {"overlap": 1},
@@ -25,46 +23,15 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def server():
-  with reward_server.serve() as server:
+  with grpo_runs.serve() as server:
     yield server
-
-
-def write_config(folder, url, **options):
-  config = configure.read("configs/grpo.py:tiny")
-  sizes = configure.read("configs/model.py:tiny").to_dict()
-  config.architecture = {k: sizes[k] for k in config.architecture}
-  config.options.update(
-    {
-      "sizes": ((32, 32),),
-      "group_size": 4,
-      "prompt_len": 80,
-      "paint_rows": 8,
-      "paint_steps": 2,
-      "rewards": ({"name": "red", "source": url, "deadline": 60.0},),
-      **options,
-    }
-  )
-  settings = config.to_dict() | {
-    "global_batch": 8,
-    "phases": {"1_all": {"steps": STEPS, "train": ("ar/",)}},
-    "init": {"model": str(GOLDEN / "xomni"), "flux": str(GOLDEN / "flux1")},
-    "checkpoint": {"every": 2, "keep_last": STEPS},
-    "report": {"log_every": 1},
-  }
-  settings["optim"]["lr"] = 3e-3
-  path = folder / "run.py"
-  path.write_text(
-    "from ml_collections import ConfigDict\n\n\n"
-    f"def get_config(size=''):\n  return ConfigDict({settings!r})\n"
-  )
-  return path
 
 
 @pytest.fixture(scope="module", params=WAYS)
 def alone(request, server, tmp_path_factory):
   """A config, and the folder of its run left alone."""
   folder = tmp_path_factory.mktemp(request.param)
-  config = write_config(folder, server.url, **WAYS[request.param])
+  config = grpo_runs.write_config(folder, server.url, **WAYS[request.param])
   server.asked.clear()
   status, _, err = runs.run(config, folder / "alone")
   assert status == 0, err[-3000:]

@@ -18,7 +18,8 @@ from tests import helpers
 from xomni_jax import mesh as mesh_lib
 from xomni_jax.config import Compute
 from xomni_jax.config_files import load_architecture
-from xomni_jax.stage_options import ARTrainOptions
+from xomni_jax.reward_config import RewardConfig
+from xomni_jax.stage_options import ARTrainOptions, GRPOOptions
 from xomni_jax.train_config import (
   CheckpointConfig,
   DataConfig,
@@ -31,7 +32,7 @@ from xomni_jax.train_config import (
 )
 from xomni_jax.training import layout as layout_lib
 from xomni_jax.training import step as step_lib
-from xomni_jax.training.stages import ar
+from xomni_jax.training.stages import ar, grpo_program
 
 ROWS, LENGTH, STEPS = 8, 48, 2
 # {name: (mesh, settings)}: every combination of axes that the configs use, and
@@ -44,12 +45,30 @@ RUNS = {
   "fsdp_tensor": ({"data": 2, "fsdp": 2, "tensor": 2}, {"accumulate": 2}),
   "context": ({"data": 2, "context": 4}, {"chunk": 8}),
   "slices": ({"slice": 2, "fsdp": 2, "context": 2}, {"remat": "dots"}),
+  "grpo_one": ({}, {"stage": "grpo"}),
+  "grpo": ({"data": 2, "fsdp": 2, "tensor": 2}, {"stage": "grpo"}),
+  "grpo_remat": ({"data": 2, "fsdp": 4}, {"stage": "grpo", "remat": "full"}),
 }
 
 
-def config(mesh, accumulate=1, remat="none", chunk=16):
+def compared(name):
+  """The run that another one has to equal."""
+  return "grpo_one" if name.startswith("grpo") else "one"
+
+
+GRPO = GRPOOptions(
+  sizes=((48, 64),),
+  rewards=(RewardConfig("x", "local:ocr"),),
+  prompt_len=20,
+  top_k=8,
+  beta=0.1,
+  loss_chunk=5,
+)
+
+
+def config(mesh, accumulate=1, remat="none", chunk=16, stage="pretrain"):
   return TrainConfig(
-    stage="pretrain",
+    stage=stage,
     seed=0,
     global_batch=ROWS,
     phases=(Phase("all", STEPS, ("ar/",)),),
@@ -62,7 +81,7 @@ def config(mesh, accumulate=1, remat="none", chunk=16):
     compute=Compute(scan_layers=True, remat=remat, query_chunk=chunk),
     mesh=tuple(mesh.items()),
     frozen_dtype="float32",
-    options=ARTrainOptions(loss_chunk=12),
+    options=GRPO if stage == "grpo" else ARTrainOptions(loss_chunk=12),
   )
 
 
@@ -85,6 +104,27 @@ def batch(vocabulary):
   }
 
 
+def rollout(program, vocabulary, codes):
+  """Images of random codes, on both sides of the clip; one has no reward."""
+  rng = np.random.default_rng(0)
+  rows = {k: np.zeros(x.shape, x.dtype) for k, x in program.batch.items()}
+  P = GRPO.prompt_len
+  rows["codes"] = rng.integers(0, codes, rows["codes"].shape).astype(np.int32)
+  rows["tokens"][:, :P] = rng.integers(0, vocabulary, (ROWS, P))
+  rows["tokens"][:, P:] = rows["codes"][:, :-1] + vocabulary
+  rows["valid"][:] = np.arange(rows["tokens"].shape[1]) >= rng.integers(
+    0, P - 4, (ROWS, 1)
+  )
+  rows["mask"][:] = np.arange(ROWS)[:, None] != 3
+  rows["advantage"][:] = rng.normal(0, 1, ROWS)
+  for name in ("logp_old", "logp_ref", "logp_sampler"):
+    rows[name][:] = -4 + rng.normal(0, 0.5, rows[name].shape)
+  kept = rng.random((*rows["codes"].shape, codes)) < 0.2
+  np.put_along_axis(kept, rows["codes"][..., None], True, axis=-1)
+  rows["support"] = np.packbits(kept, axis=-1)
+  return rows
+
+
 def run(mesh_sizes, settings):
   """(metrics of every step, parameters after the last)."""
   cfg = config(mesh_sizes, **settings)
@@ -92,14 +132,21 @@ def run(mesh_sizes, settings):
     f"{helpers.GOLDEN.parents[2] / 'configs' / 'model.py'}:tiny"
   )
   mesh = mesh_lib.make_mesh(**mesh_sizes)
-  program = ar.program(cfg, arch)
+  if cfg.stage == "grpo":
+    program = grpo_program.program(cfg, arch)
+    rows = rollout(program, arch.ar.vocab_size, arch.ar.image_vocab_size)
+  else:
+    program = ar.program(cfg, arch)
+    rows = batch(arch.ar.vocab_size + arch.ar.image_vocab_size + 3)
   layout = layout_lib.make_layout(program.parts, cfg.phases, mesh, "float32")
   with jax.set_mesh(mesh):
     drawn = layout_lib.flatten(jax.jit(program.init)(jax.random.key(0)))
-    params = {
-      path: jax.device_put(drawn[path], layout.sharding(path))
-      for path in layout.trained
+    placed = {
+      path: jax.device_put(x, layout.sharding(path))
+      for path, x in drawn.items()
     }
+    params = {path: placed[path] for path in layout.trained}
+    frozen = {path: placed[path] for path in layout.frozen}
     shardings = jax.tree.map(
       lambda x: x.sharding, step_lib.abstract_state(cfg, program, layout)
     )
@@ -107,14 +154,12 @@ def run(mesh_sizes, settings):
       lambda params: step_lib.init_state(cfg, program, layout, params),
       out_shardings=shardings,
     )(params)
-    rows = step_lib.place_batch(
-      batch(arch.ar.vocab_size + arch.ar.image_vocab_size + 3), mesh
-    )
+    rows = step_lib.place_batch(rows, mesh)
     step = step_lib.train_step(cfg, program, layout, 0)
     metrics = []
     for _ in range(STEPS):
       state, made = step(
-        state, {}, rows, jax.random.key(1), np.float32(cfg.optim.lr)
+        state, frozen, rows, jax.random.key(1), np.float32(cfg.optim.lr)
       )
       metrics.append({k: float(v) for k, v in made.items()})
   facts = {
@@ -130,10 +175,10 @@ def run(mesh_sizes, settings):
 
 
 def main(out):
-  facts, base = {}, None
+  facts, kept = {}, {}
   for name, (mesh_sizes, settings) in RUNS.items():
     facts[name], params = run(mesh_sizes, settings)
-    base = base or params
+    base = kept.setdefault(compared(name), params)
     facts[name]["params"] = max(
       float(np.abs(params[path] - base[path]).max()) for path in base
     )

@@ -7,6 +7,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -63,8 +64,8 @@ def codes_as_images(monkeypatch):
   """Paints code c as the pixel (c, c, c)."""
 
   def paint_rows(parts, codes, *args, grid, **kwargs):
-    pixels = np.asarray(codes, np.uint8).reshape(-1, *grid, 1)
-    return jax.device_put(np.repeat(pixels, 3, axis=-1))
+    pixels = codes.astype(np.uint8).reshape(-1, *grid, 1)
+    return jnp.repeat(pixels, 3, axis=-1)
 
   monkeypatch.setattr(painter, "paint_rows", paint_rows)
 
@@ -193,6 +194,57 @@ def test_failed_scores_are_masked_and_never_zero(
   found = train(config, tmp_path, monkeypatch, scorer)
   for metrics in found:
     assert metrics["reward/ocr_failed"] == metrics["reward/masked"] == 0.25
+
+
+def test_fused_path_gives_the_numbers_of_the_host_path(
+  tmp_path, monkeypatch, codes_as_images
+):
+  found, asked = {}, {}
+  for path in ("host", "fused"):
+    ids = asked[path] = []
+
+    def scorer(items, ids=ids):
+      ids.extend(int(item.id) for item in items)
+      return [
+        wire.failed(s.id, "http", "no") if int(s.id) % 5 == 0 else s
+        for s in share_of(WANTED)(items)
+      ]
+
+    config = settings(
+      phases__1_all__steps=2,
+      options__reward_path=path,
+      options__paint_rows=16,
+    )
+    config.options.combine = {"max_failure_rate": 0.5}
+    steps = train(config, tmp_path / path, monkeypatch, scorer)
+    found[path] = [
+      {k: v for k, v in m.items() if not k.startswith("time/")} for m in steps
+    ]
+  assert found["fused"] == found["host"]
+  # Each image once, whatever runs they are painted in.
+  assert (
+    sorted(asked["fused"])
+    == sorted(asked["host"])
+    == sorted([*range(32), *range(32)])
+  )
+
+
+def test_fused_path_counts_a_raising_scorer_as_failed(
+  tmp_path, monkeypatch, codes_as_images
+):
+  def scorer(items):
+    if items[0].id == "0":
+      raise RuntimeError("broken")
+    return share_of(WANTED)(items)
+
+  config = settings(
+    phases__1_all__steps=1,
+    options__reward_path="fused",
+    options__paint_rows=16,
+  )
+  config.options.combine = {"max_failure_rate": 0.6}
+  (metrics,) = train(config, tmp_path, monkeypatch, scorer)
+  assert metrics["reward/ocr_failed"] == 0.5
 
 
 def test_own_rows_are_each_given_once():

@@ -1,18 +1,20 @@
-"""Rewards of painted images: asked for in the background, added up by all.
+"""Rewards of painted images: asked for by each process, added up by all.
 
-A process asks for the images that it holds. What it hears is gathered from all
-processes, so that each of them computes the same rewards.
+There are two ways, which give the same numbers. On the host path images come
+to the host, are asked for in threads, and what is heard is gathered from all
+processes. On the fused path a callback asks inside the program that paints.
 """
 
 import collections
 import concurrent.futures
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import io_callback, multihost_utils
 
 from xomni_jax.data.prompts import Prompt
 from xomni_jax.reward_config import CombineConfig, RewardConfig
@@ -34,11 +36,13 @@ class Asked(NamedTuple):
     images: {row: u8[H, W, 3]} of this process.
     prompts: of all rows.
     futures: {reward's name: its scores of `images`, in their order}.
+    table: of all rows, where they are here already (the fused path).
   """
 
   images: Mapping[int, np.ndarray]
   prompts: Sequence[Prompt]
   futures: Mapping[str, concurrent.futures.Future]
+  table: np.ndarray | None = None
 
 
 class Heard(NamedTuple):
@@ -80,6 +84,7 @@ class Rewarder:
     self._history = combine.History([], [])
     # A thread a reward: each has its own server, or its own engine.
     self._pool = concurrent.futures.ThreadPoolExecutor(len(rewards))
+    self._fused: _Fused | None = None
 
   def ask(
     self, step: int, prompts: Sequence[Prompt], images: Mapping[int, np.ndarray]
@@ -91,6 +96,14 @@ class Rewarder:
       prompts: of all rows, those of a group adjacent.
       images: {row: u8[H, W, 3]} that this process asks for.
     """
+    futures = {
+      name: self._pool.submit(self._score, name, step, prompts, images)
+      for name in self._scorers
+    }
+    return Asked(images, prompts, futures)
+
+  def _score(self, name, step, prompts, images) -> dict[int, wire.Score]:
+    """{row: score}; what the ledger has is not asked again."""
     group = self._group_size
     keys = [
       ledger.Key(step, f"{row // group}:{prompts[row].key}", row % group)
@@ -100,13 +113,21 @@ class Rewarder:
       wire.Item(str(row), image, *_item(prompts[row]))
       for row, image in images.items()
     ]
-    futures = {
-      name: self._pool.submit(
-        ledger.score_once, self._ledger, name, scorer, keys, items
-      )
-      for name, scorer in self._scorers.items()
-    }
-    return Asked(images, prompts, futures)
+    scores, _ = ledger.score_once(
+      self._ledger, name, self._scorers[name], keys, items
+    )
+    return dict(zip(images, scores, strict=True))
+
+  def fused(self, step: int, prompts: Sequence[Prompt], mesh) -> "_Fused":
+    """What scores images inside a program: (images, rows) -> table.
+
+    It is the same object in all calls, so that programs are compiled once.
+    """
+    if self._fused is None:
+      self._fused = _Fused(self._score, tuple(self._scorers), mesh)
+    self._fused.step, self._fused.prompts = step, prompts
+    self._fused.scores = {name: {} for name in self._scorers}
+    return self._fused
 
   def hear(self, asked: Asked, *, watch: bool = True) -> Heard:
     """Waits for the scores; all processes call it alike.
@@ -117,13 +138,13 @@ class Rewarder:
       RunError: too many scores failed.
     """
     start = time.perf_counter()
-    scores = {
-      name: dict(zip(asked.images, future.result()[0], strict=True))
-      for name, future in asked.futures.items()
-    }
+    count, table = len(asked.prompts), asked.table
+    if table is None:
+      scores = {name: f.result() for name, f in asked.futures.items()}
+      table = gathered(np.stack([_table(s, count) for s in scores.values()]))
+    else:
+      scores = self._fused.scores
     seconds = time.perf_counter() - start
-    count = len(asked.prompts)
-    table = gathered(np.stack([_table(s, count) for s in scores.values()]))
     columns = {
       name: _column(rows) for name, rows in zip(scores, table, strict=True)
     }
@@ -140,6 +161,59 @@ class Rewarder:
   def close(self) -> None:
     """Waits for nothing."""
     self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Fused:
+  """A callback on all devices of a mesh, each with rows of its own.
+
+  Sharded over fewer axes it would score images twice; and it never raises,
+  since an exception in there ends the job without a word.
+  """
+
+  def __init__(self, score, names, mesh):
+    self._score, self._names, self._mesh = score, names, mesh
+    self._lock = threading.Lock()  # devices call at once
+    self.step, self.prompts, self.scores = 0, (), {}
+
+  def __call__(self, images: jax.Array, rows: jax.Array) -> jax.Array:
+    """f32[n, R, 4], see `_table`; for use inside `jit`.
+
+    Args:
+      images: u8[n, H, W, 3]; n is a multiple of the devices.
+      rows: i32[n], of the rollout; -1: nobody's.
+    """
+    spec = jax.sharding.PartitionSpec(self._mesh.axis_names)
+    shape = (len(self._names), 4)
+
+    def ask(images, rows):
+      out = jax.ShapeDtypeStruct((rows.shape[0], *shape), np.float32)
+      return io_callback(self._ask, out, images, rows)
+
+    return jax.shard_map(
+      ask,
+      mesh=self._mesh,
+      in_specs=(spec, spec),
+      out_specs=spec,
+      check_vma=False,
+    )(images, rows)
+
+  def _ask(self, images, rows) -> np.ndarray:
+    images, rows = np.asarray(images), np.asarray(rows)
+    mine = {int(r): images[i] for i, r in enumerate(rows) if r >= 0}
+    tables = []
+    for name in self._names:
+      try:
+        with self._lock:
+          found = self._score(name, self.step, self.prompts, mine)
+          self.scores[name].update(found)
+      except Exception as e:  # a scorer's own promise, kept once more
+        found = {
+          row: wire.failed(str(row), "other", f"{type(e).__name__}: {e}")
+          for row in mine
+        }
+      by_place = {i: found[int(r)] for i, r in enumerate(rows) if r >= 0}
+      tables.append(_table(by_place, len(rows)))
+    return np.stack(tables, axis=1)
 
 
 def _item(prompt: Prompt):

@@ -189,8 +189,13 @@ class Roller:
     return ids, valid, fits
 
   def paint(
-    self, codes: np.ndarray, texts: Sequence[str], rollout: int, grid
-  ) -> dict[int, np.ndarray]:
+    self,
+    codes: np.ndarray,
+    texts: Sequence[str],
+    rollout: int,
+    grid: tuple[int, int],
+    score: Callable | None = None,
+  ) -> tuple[dict[int, np.ndarray], np.ndarray | None]:
     """{row: u8[H, W, 3]} of the images that are this process's to look at.
 
     Args:
@@ -198,24 +203,30 @@ class Roller:
       texts: N prompts, as the decoder reads them.
       rollout: number that the noise's keys come from.
       grid: (h, w).
+      score: (images, rows i32) -> [n, R, 4], computed in the same program.
+    Returns:
+      the images, and what `score` says of all rows, [R, N, 4], if it is given.
     """
     opts, count = self.options, len(codes)
     keys = self.keys(rollout, count, PAINT)
     levels = flow.sigmas(self.scheduler, grid[0] * grid[1], opts.paint_steps)
     empty = [""] * opts.paint_rows if opts.paint_cfg_scale != 1 else []
-    mine = {}
+    mine, tables = {}, []
     for first in range(0, count, opts.paint_rows):
       # The last run is filled up with its first row: one program for all.
       rows = np.arange(first, first + opts.paint_rows)
-      rows = np.where(rows < count, rows, first)
+      there = rows < count
+      rows = np.where(there, rows, first)
       some = [*(texts[i] for i in rows), *empty]
-      image = painter.paint_rows(
+      image, table = _paint_and_score(
         self.parts,
         codes[rows],
         self.t5_ids(some),
         self.clip_ids(some),
         keys[rows],
         levels,
+        np.where(there, rows, -1).astype(np.int32),
+        score=score,
         arch=self.arch,
         compute=self.compute,
         grid=tuple(grid),
@@ -224,7 +235,20 @@ class Roller:
       for i, pixels in own_rows(image):
         if first + i < count:
           mine[first + i] = pixels
-    return mine
+      if score:
+        tables.append(to_host(table)[there])
+    if not score:
+      return mine, None
+    return mine, np.moveaxis(np.concatenate(tables), 0, 1)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("score", "arch", "compute", "grid", "cfg_scale"),
+)
+def _paint_and_score(parts, codes, t5, clip, keys, levels, rows, score, **how):
+  image = painter.paint_rows(parts, codes, t5, clip, keys, levels, **how)
+  return image, score(image, rows) if score else None
 
 
 def own_rows(x: jax.Array):

@@ -192,16 +192,22 @@ class _Run:
     """Paints images and asks for their rewards."""
     opts = self._cfg.options
     each = [p for p in prompts for _ in range(group or opts.group_size)]
-    images = self._roller.paint(
+    step = number * opts.minibatches * opts.epochs
+    fused = None
+    if opts.reward_path == "fused":
+      mesh = jax.sharding.get_mesh()
+      fused = self._rewarder.fused(step, each, mesh)
+    images, table = self._roller.paint(
       codes[:, : grid[0] * grid[1]],
       # The decoder reads a prompt as the vocabulary spells it.
       [self._spelled(p) for p in each],
       number,
       grid,
+      fused,
     )
-    return self._rewarder.ask(
-      number * opts.minibatches * opts.epochs, each, images
-    )
+    if fused:
+      return Asked(images, each, {}, table)
+    return self._rewarder.ask(step, each, images)
 
   def _spelled(self, prompt: Prompt) -> str:
     return self._tokenizer.text(self._tokenizer.encode(prompt.text))

@@ -1,10 +1,17 @@
-"""A reward for tests, over HTTP: how red an image is."""
+"""Small runs of stage `grpo` by the real command, and a reward over HTTP.
+
+The policy is the golden checkpoint's; an image is rewarded for being red.
+"""
 
 import contextlib
 import http.server
 import threading
 
+from tests.helpers import GOLDEN
 from xomni_jax.rewards import wire
+from xomni_jax.training import configure
+
+STEPS = 6
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -45,3 +52,35 @@ def serve():
   finally:
     server.shutdown()
     server.server_close()
+
+
+def write_config(folder, url, **options):
+  """A config of six steps of 8 images, a checkpoint every second."""
+  config = configure.read("configs/grpo.py:tiny")
+  sizes = configure.read("configs/model.py:tiny").to_dict()
+  config.architecture = {k: sizes[k] for k in config.architecture}
+  config.options.update(
+    {
+      "sizes": ((32, 32),),
+      "group_size": 4,
+      "prompt_len": 80,
+      "paint_rows": 8,
+      "paint_steps": 2,
+      "rewards": ({"name": "red", "source": url, "deadline": 60.0},),
+      **options,
+    }
+  )
+  settings = config.to_dict() | {
+    "global_batch": 8,
+    "phases": {"1_all": {"steps": STEPS, "train": ("ar/",)}},
+    "init": {"model": str(GOLDEN / "xomni"), "flux": str(GOLDEN / "flux1")},
+    "checkpoint": {"every": 2, "keep_last": STEPS},
+    "report": {"log_every": 1},
+  }
+  settings["optim"]["lr"] = 3e-3
+  path = folder / "run.py"
+  path.write_text(
+    "from ml_collections import ConfigDict\n\n\n"
+    f"def get_config(size=''):\n  return ConfigDict({settings!r})\n"
+  )
+  return path
