@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import (
   AbstractMesh,
@@ -72,13 +72,15 @@ def make_mesh(
   slices = {getattr(d, "slice_index", 0) for d in devices[:count]}
   if len(slices) > 1:
     return _over_slices(sizes, devices[:count], len(slices))
+  types = (AxisType.Auto,) * len(AXES)
   try:
-    return jax.make_mesh(
-      sizes,
-      AXES,
-      axis_types=(AxisType.Auto,) * len(AXES),
-      devices=devices[:count],
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:count])
+  except NotImplementedError:
+    # An axis that is no product of the slice's own, such as 32 of 16 x 16.
+    array = mesh_utils.create_device_mesh(
+      sizes, devices[:count], allow_split_physical_axes=True
     )
+    return Mesh(array, AXES, axis_types=types)
   except AssertionError:  # JAX's, for a part of a TPU slice that is no block
     raise InputError(
       f"mesh of {count} of {len(devices)} devices is no block of the slice; "
@@ -91,6 +93,20 @@ def to_host(x: jax.Array) -> np.ndarray:
   if x.is_fully_addressable or x.is_fully_replicated:
     return np.asarray(x)
   return multihost_utils.process_allgather(x, tiled=True)
+
+
+def rows_held(mesh: Mesh) -> int:
+  """Of the shares that a batch is split into, those of the first process."""
+  first = mesh.devices.flat[0].process_index
+  split = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  return len(
+    {
+      index[0].start
+      for device, index in split.devices_indices_map((ways,)).items()
+      if device.process_index == first
+    }
+  )
 
 
 def fill(sizes: Mapping[str, int], count: int) -> dict[str, int]:
@@ -111,8 +127,6 @@ def fill(sizes: Mapping[str, int], count: int) -> dict[str, int]:
 
 def _over_slices(sizes, devices, count):
   """A mesh whose first axis goes from slice to slice."""
-  from jax.experimental import mesh_utils
-
   if sizes[0] != count:
     raise InputError(
       f"mesh axis slice={sizes[0]}, but the devices lie on {count} slices; "

@@ -1,6 +1,9 @@
 """Training steps compiled for TPU slices, where no TPU is."""
 
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from xomni_jax.errors import InputError
 from xomni_jax.training import configure
 
 SMALL = ROOT / "tests" / "aot" / "small_pretrain.py"
-STAGES = ("vae", "tokenizer", "pretrain", "sft", "decoder")
+STAGES = ("vae", "tokenizer", "pretrain", "sft", "decoder", "grpo")
 # GiB per device of the full-size steps: what `xomni plan --program train`
 # printed. To remake them, run it and take its peaks.
 PEAKS = {
@@ -64,6 +67,33 @@ def test_no_whole_weight_gradient_is_all_reduced(small):
   assert p["collectives"]["reduce-scatter"] > 0
   assert whole_gradients(p, 896) == []
   assert any(112 in dimensions(s) for s in p["all_reduced"])
+
+
+@needs_libtpu
+def test_full_size_meshes_fit_every_slice():
+  """32 is no axis of 16 x 16 chips; each process has its part of a batch."""
+  made = subprocess.run(
+    [
+      *(sys.executable, "-c"),
+      "from xomni_jax import mesh\n"
+      "from xomni_jax.plan import compiling\n"
+      "for name in ('v5e:16x16', 'v6e:16x16', 'v5p:4x4x4'):\n"
+      "  devices = compiling.open_target(name).devices\n"
+      "  sizes = mesh.fill({'data': -1, 'fsdp': 32}, len(devices))\n"
+      "  made = mesh.make_mesh(**sizes, devices=devices)\n"
+      "  count = len({d.process_index for d in devices})\n"
+      "  print(name, made.size, mesh.rows_held(made) * count)\n",
+    ],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+  assert made.stdout.splitlines() == [
+    "v5e:16x16 256 256",
+    "v6e:16x16 256 256",
+    "v5p:4x4x4 64 64",
+  ], made.stderr[-2000:]
 
 
 @needs_libtpu

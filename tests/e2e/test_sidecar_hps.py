@@ -230,6 +230,8 @@ def test_hps_file_that_does_not_fit_is_one_line(files, tmp_path):
   assert "no PyTorch file" in error(
     saved({"state_dict": tmp_path})
   )  # a pickle that is more than tensors
+  more = {"state_dict": {**state, "extra": torch.ones(1)}}
+  assert "unused ['extra']" in error(saved(more))
   assert "'3.0'" in error(path, "3.0")
   assert "no architecture" in error(path, arch="ViT-X-99")
 

@@ -92,13 +92,13 @@ FILTERS = {
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_training_scores_what_the_sampler_drew(name):
+def test_training_scores_what_the_sampler_drew(name, tmp_path):
   config = settings(**{f"options__{k}": v for k, v in FILTERS[name].items()})
   cfg, arch = configure.parse(config, "test")
   program = build.program(cfg, arch, config)
   mesh = make_mesh(devices=jax.devices()[:1])
   layout = make_layout(program.parts, cfg.phases, mesh, cfg.frozen_dtype)
-  stage = build.stage(cfg, arch, config, "unused")
+  stage = build.stage(cfg, arch, config, tmp_path)
   params = stage.load(mesh, {"ar": "float32", "ref": "float32"})
   run = stage.collect.__self__
   with jax.set_mesh(mesh):
@@ -110,7 +110,7 @@ def test_training_scores_what_the_sampler_drew(name):
     drawn = roller.draw(params["ar"], prompts, 0)
     measure = step.rows_step(cfg, layout, program.measure)
     rows = run._measured(
-      lambda rows: measure(flatten(params), step.place_batch(rows, mesh)),
+      lambda rows: measure(flatten(params), step.place_whole(rows, mesh)),
       drawn,
     )
   assert (drawn.support is None) == (name in ("plain", "temperature"))
@@ -118,10 +118,10 @@ def test_training_scores_what_the_sampler_drew(name):
   assert gap.max() < 1e-4  # float32, in another order of operations
 
 
-def test_padding_of_prompts_changes_no_code():
+def test_padding_of_prompts_changes_no_code(tmp_path):
   config = settings()
   cfg, arch = configure.parse(config, "test")
-  stage = build.stage(cfg, arch, config, "unused")
+  stage = build.stage(cfg, arch, config, tmp_path)
   mesh = make_mesh(devices=jax.devices()[:1])
   params = stage.load(mesh, {"ar": "float32"})
   run = stage.collect.__self__

@@ -150,8 +150,7 @@ class _Run:
         self._prepare(batches)
         self._profile()
         with self.meter.waiting():
-          rows, made = self._next(rows_of)
-        batch = step_lib.place_batch(rows, self.layout.mesh)
+          batch, made = self._next(rows_of)
         lr = optim.rate(cfg.phases[phase], cfg.optim.lr, self.step - first)
         self.state, metrics = train_step(
           self.state, self.frozen, batch, self.step_key, np.float32(lr)
@@ -175,20 +174,20 @@ class _Run:
     return False
 
   def _next(self, rows_of) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """This process's rows of a step, and metrics of how they were made."""
+    """The global batch of a step, and metrics of how it was made."""
     if self.stage.collect is None:
       rows = next(rows_of)
       self._count(rows)
-      return rows.arrays, {}
+      return step_lib.place_batch(rows.arrays, self.layout.mesh), {}
     self._read()  # nothing is drawn from parameters that are no good
     rows, self.state["extra"], made = self.stage.collect(
       self._measured, self._params(), self.state["extra"], self.step
     )
-    return rows, made
+    return step_lib.place_whole(rows, self.layout.mesh), made
 
   def _measured(self, rows):
     """What the program measures of rows under the present parameters."""
-    batch = step_lib.place_batch(rows, self.layout.mesh)
+    batch = step_lib.place_whole(rows, self.layout.mesh)
     return self.measure({**self.state["params"], **self.frozen}, batch)
 
   def _count(self, rows) -> None:

@@ -107,10 +107,9 @@ class Stage:
     prepare: {step: (params, extra, batches) -> params, extra}, done before
       that step, such as a k-means start.
     collect: (measure, params, extra, step) -> rows, extra, metrics: the rows
-      of a step that the parameters make themselves, such as a rollout; this
-      process's rows, as `batches` would give them, and what is carried on,
-      saved with the state. `measure` is the program's, from this process's
-      rows to global arrays.
+      of a step that the parameters make themselves, such as a rollout, whole
+      in every process; and what is carried on, saved with the state.
+      `measure` is the program's, of such rows.
     evaluate: (params, step) -> metrics, where held-out rows are not enough.
     close: called at the end, however it comes.
   """

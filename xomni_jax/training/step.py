@@ -80,6 +80,14 @@ def check_batch(cfg: TrainConfig, mesh) -> None:
       f"devices x {cfg.optim.accumulate} microbatches; try "
       f"{max(cfg.global_batch // need, 1) * need}"
     )
+  held = mesh_lib.rows_held(mesh)
+  count = len({device.process_index for device in mesh.devices.flat})
+  if held * count != ways:
+    raise InputError(
+      f"mesh {mesh_lib.describe(mesh)}: a process holds {held} of {ways} "
+      f"shares of a batch, expected a {count}th of them; axes tensor and "
+      "context have to lie within a process"
+    )
 
 
 def train_step(
@@ -274,7 +282,20 @@ def _by_device(body, layout, in_specs, out_specs):
   )
 
 
+def place_whole(rows: Mapping[str, Any], mesh) -> dict[str, jax.Array]:
+  """Rows that every process has all of, as a global batch in their order."""
+  where = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_callback(x.shape, where, lambda i, x=x: x[i])
+    for name, x in rows.items()
+  }
+
+
 def place_batch(rows: Mapping[str, Any], mesh) -> dict[str, jax.Array]:
-  """This process's rows as its part of a global batch."""
+  """This process's rows as its part of a global batch.
+
+  Where a process's devices do not lie side by side along the batch, its rows
+  are spread over it: a batch is a set of rows, in no certain order.
+  """
   make = partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
   return {name: make(x) for name, x in rows.items()}

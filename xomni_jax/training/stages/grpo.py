@@ -19,7 +19,6 @@ from xomni_jax import mesh as mesh_lib
 from xomni_jax.checkpoints import released
 from xomni_jax.config import Architecture
 from xomni_jax.data import encoder_ids, protocol
-from xomni_jax.data.feed import own_rows
 from xomni_jax.data.prompts import Prompt, Prompts
 from xomni_jax.data.text_ops import T5Ids
 from xomni_jax.errors import InputError
@@ -127,7 +126,7 @@ class _Run:
     self._shown: tuple[Asked, Heard] | None = None
 
   def collect(self, measure, params: Params, extra, step: int):
-    """This process's rows of a step, what is carried on, and metrics."""
+    """The rows of a step, what is carried on, and metrics."""
     opts = self._cfg.options
     per_rollout = opts.minibatches * opts.epochs
     number, update = divmod(step, per_rollout)
@@ -138,9 +137,7 @@ class _Run:
       self._current = number, jax.tree.map(mesh_lib.to_host, extra["current"])
     _, rows = self._current
     first = update % opts.minibatches * self._cfg.global_batch
-    count, index = jax.process_count(), jax.process_index()
-    begin, size = own_rows(self._cfg.global_batch, (index, count))
-    some = slice(first + begin, first + begin + size)
+    some = slice(first, first + self._cfg.global_batch)
     return {k: x[some] for k, x in rows.items()}, extra, metrics
 
   def _rollout(self, measure, params, extra, number):
@@ -227,11 +224,9 @@ class _Run:
     if drawn.support is not None:
       rows["support"] = drawn.support
     at_once = opts.score_rows or self._cfg.global_batch
-    process = (jax.process_index(), jax.process_count())
-    begin, size = own_rows(at_once, process)
     found = []
     for first in range(0, self._rows, at_once):
-      some = slice(first + begin, first + begin + size)
+      some = slice(first, first + at_once)
       found.append(
         jax.tree.map(
           mesh_lib.to_host, measure({k: x[some] for k, x in rows.items()})
