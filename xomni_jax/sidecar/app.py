@@ -23,8 +23,6 @@ from xomni_jax.sidecar.settings import App
 
 AsyncScorer = Callable[[Sequence[Item]], Awaitable[list[Score]]]
 
-# What is read of a refused request: while a client sends, it hears nothing.
-_DRAIN = 4
 _BODY_SECONDS = 60.0
 
 
@@ -55,12 +53,10 @@ def make_app(
     start = time.perf_counter()
     try:
       if not _has_token(request, token):
-        await _body(request, 0, app)
         raise _RefusedError(401, _NO_TOKEN)
       # A web page can send other kinds to a server on the same machine.
       kind = request.headers.get("content-type", "").partition(";")[0]
       if kind.strip().lower() != "application/json":
-        await _body(request, 0, app)
         raise _RefusedError(
           415, f"content type is {kind[:40]!r}, expected application/json"
         )
@@ -69,7 +65,7 @@ def make_app(
           503, f"more than {app.max_ongoing} requests at once, try again later"
         )
       async with ongoing:
-        body = await _body(request, app.max_bytes, app)
+        body = await _body(request, app.max_bytes)
         entries = await run_in_threadpool(_entries, body, app)
         scores = await _scores(entries, score, app.timeout_s, reward.model_rev)
     except _RefusedError as e:
@@ -133,33 +129,28 @@ def in_one_thread(reward: Reward, max_batch: int) -> AsyncScorer:
 _NO_TOKEN = "no valid token, expected the header 'Authorization: Bearer TOKEN'"
 
 
-async def _body(request, most, app):
-  """The body of a request.
+async def _body(request, most):
+  """The body of a request, of at most so many bytes.
 
   Raises:
-    _RefusedError: more than `most` bytes (413), too slow (408), or cut off.
+    _RefusedError: it has more (413), is too slow (408), or was cut off.
   """
   chunks, size = [], 0
   try:
     async with asyncio.timeout(_BODY_SECONDS):
       async for chunk in request.stream():
         size += len(chunk)
-        if size <= most:
-          chunks.append(chunk)
-        else:
-          chunks.clear()
-        if size > _DRAIN * app.max_bytes:
-          break
+        if size > most:
+          raise _RefusedError(
+            413, f"request has more than {most} bytes; send fewer images"
+          )
+        chunks.append(chunk)
   except TimeoutError:
     raise _RefusedError(
       408, f"request took more than {_BODY_SECONDS:g} s to come in"
     ) from None
   except ClientDisconnect:
     raise _RefusedError(400, "client went away") from None
-  if size > most > 0:
-    raise _RefusedError(
-      413, f"request has more than {most} bytes; send fewer images at once"
-    )
   return b"".join(chunks)
 
 
