@@ -195,9 +195,9 @@ class _Preview:
       *(
         Picture(
           self._picture(codes, wanted),
-          f"read: {self._answer(asked)}\nis: {wanted}",
+          f"{question}read: {self._answer(asked)}\nis: {wanted}",
         )
-        for codes, asked, wanted in self._read
+        for codes, asked, question, wanted in self._read
       ),
     ]
 
@@ -227,8 +227,8 @@ class _Preview:
           found.append(record.get("prompt") or record["text"])
     return found[:_PREVIEWS]
 
-  def _some_to_read(self) -> list[tuple[np.ndarray, np.ndarray, str]]:
-    """(codes, tokens up to the answer, answer), where reading is trained."""
+  def _some_to_read(self) -> list[tuple[np.ndarray, np.ndarray, str, str]]:
+    """(codes, tokens up to the answer, question, answer), if it is trained."""
     tasks = {source.task for source in self._cfg.data.sources}
     tasks = sorted(tasks & {"image_to_text", "chat"})
     tokenizer, found = self._model.tokenizer, []
@@ -236,6 +236,9 @@ class _Preview:
       source = records.open_source(source_cfg)
       for i in range(min(_PREVIEWS, len(source)) if tasks else 0):
         record, task = source[i], tasks[i % len(tasks)]
+        first_qa = (record.get("qa") or [])[:1]
+        record = {**record, "qa": first_qa}
+        question = f"{first_qa[0][0]}\n" if task == "chat" and first_qa else ""
         try:
           tokens, weights = sequences.sample(
             record, task, tokenizer, np.random.default_rng(i)
@@ -249,5 +252,5 @@ class _Preview:
           else int(weights.argmax())
         )
         answer = tokenizer.text(tokens[first:-1].tolist())
-        found.append((record["codes"], tokens[:first], answer))
+        found.append((record["codes"], tokens[:first], question, answer))
     return found[:_PREVIEWS]
