@@ -16,19 +16,12 @@ is for one slice of 256 chips (v5e:16x16): about a week. `xomni plan
 
 from ml_collections import ConfigDict
 
-from xomni_jax.config_files import model_sections
+from xomni_jax.config_files import model_sections, of_size
 
 
 def get_config(size: str = "7b") -> ConfigDict:
   """As `xomni_jax.train_config.TrainConfig`, whose defaults go unsaid."""
-  sizes = {"7b": _full, "tiny": _tiny}
-  if size not in sizes:
-    raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
-  return ConfigDict(sizes[size]())
-
-
-def _source(path):
-  return {"path": path, "task": "image", "weight": 1.0, "first": 0, "count": 0}
+  return of_size(size, {"7b": _full, "tiny": _tiny})
 
 
 def _full():
@@ -62,13 +55,13 @@ def _full():
       "shuffle": True,
       # Guidance needs both; a tenth is what diffusion models drop as a rule.
       "prompt_dropout": 0.1,
-      "sources": (_source("data/images"),),
+      "sources": ({"path": "data/images", "task": "image"},),
     },
     "eval_data": {
       **data,
       "shuffle": False,
       "prompt_dropout": 0.0,
-      "sources": (_source("data/held_out"),),
+      "sources": ({"path": "data/held_out", "task": "image"},),
     },
     "init": {},
     "optim": {
@@ -127,14 +120,14 @@ def _tiny():
       **data,
       "shuffle": True,
       "prompt_dropout": 0.1,
-      "sources": (_source("world:signs"),),
+      "sources": ({"path": "world:signs", "task": "image"},),
     },
     "eval_data": {
       **data,
       "shuffle": False,
       "prompt_dropout": 0.0,
       # Words that no training sign shows.
-      "sources": (_source("world:signs:held-out"),),
+      "sources": ({"path": "world:signs:held-out", "task": "image"},),
     },
     "report": {
       "log_every": 20,

@@ -9,25 +9,18 @@ in this process.
   xomni train --config=configs/grpo.py:7b --workdir=/mnt/runs/grpo \
     --config.init.model=/mnt/runs/sft/model --config.init.flux=FLUX.1-dev
 
-is for one slice of 64 chips (v5p:4x4x4), with reward servers beside it
-(launch/sidecar.sh): endpoints in options.rewards.
+is for one slice of 64 chips (v5p:4x4x4), with reward servers beside it: the
+applications of configs/sidecar.py on its ports (launch/sidecar.sh).
 """
 
 from ml_collections import ConfigDict
 
-from xomni_jax.config_files import model_sections
+from xomni_jax.config_files import model_sections, of_size
 
 
 def get_config(size: str = "7b") -> ConfigDict:
   """As `xomni_jax.train_config.TrainConfig`, whose defaults go unsaid."""
-  sizes = {"7b": _full, "tiny": _tiny}
-  if size not in sizes:
-    raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
-  return ConfigDict(sizes[size]())
-
-
-def _source(path):
-  return {"path": path, "task": "prompt", "weight": 1.0, "first": 0, "count": 0}
+  return of_size(size, {"7b": _full, "tiny": _tiny})
 
 
 def _full():
@@ -39,12 +32,12 @@ def _full():
       "1_all": {"steps": 200, "train": ("ar/",), "warmup_steps": 5},
     },
     "data": {
-      "sources": (_source("data/prompts.jsonl"),),
+      "sources": ({"path": "data/prompts.jsonl", "task": "prompt"},),
       "text_backend": "tensorflow_text",
     },
     "eval_data": {
       "shuffle": False,
-      "sources": (_source("data/held_out.jsonl"),),
+      "sources": ({"path": "data/held_out.jsonl", "task": "prompt"},),
       "text_backend": "tensorflow_text",
     },
     "init": {},
@@ -86,24 +79,24 @@ def _full():
       "rewards": (
         {
           "name": "ocr",
-          "source": "http://localhost:8101/ocr_got + "
-          "http://localhost:8101/ocr_paddle",
+          # Several endpoints of one: "http://a:8103,http://b:8103".
+          "source": "http://localhost:8103 + http://localhost:8102",
           "weight": 1.0,
           "engines": "mean",
         },
         {
           "name": "alignment",
-          "source": "http://localhost:8102/alignment",
+          "source": "http://localhost:8107",
           "weight": 1.0,
         },
         {
           "name": "unified",
-          "source": "http://localhost:8103/unified",
+          "source": "http://localhost:8106",
           "weight": 0.5,
         },
         {
           "name": "hps",
-          "source": "http://localhost:8104/hps",
+          "source": "http://localhost:8105",
           "weight": 0.5,
           # Cosines of the paper's models lie in this range.
           "normalise": "range",
@@ -129,11 +122,11 @@ def _tiny():
         "decay": "linear",
       },
     },
-    "data": {"sources": (_source("world:signs"),)},
+    "data": {"sources": ({"path": "world:signs", "task": "prompt"},)},
     "eval_data": {
       "shuffle": False,
       # Words that no training sign shows.
-      "sources": (_source("world:signs:held-out"),),
+      "sources": ({"path": "world:signs:held-out", "task": "prompt"},),
     },
     "checkpoint": {"every": 20},
     "report": {

@@ -10,13 +10,12 @@ drawn world on a CPU.
 
 from ml_collections import ConfigDict
 
+from xomni_jax.config_files import of_size
+
 
 def get_config(size: str = "7b") -> ConfigDict:
   """Sections as in `xomni_jax.config.Architecture`."""
-  sizes = {"7b": _full, "tiny": _tiny, "world": _world}
-  if size not in sizes:
-    raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
-  return ConfigDict(sizes[size]())
+  return of_size(size, {"7b": _full, "tiny": _tiny, "world": _world})
 
 
 def _full():

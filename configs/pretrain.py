@@ -16,15 +16,12 @@ it needs of a chip.
 
 from ml_collections import ConfigDict
 
-from xomni_jax.config_files import model_sections
+from xomni_jax.config_files import model_sections, of_size
 
 
 def get_config(size: str = "7b") -> ConfigDict:
   """As `xomni_jax.train_config.TrainConfig`, whose defaults go unsaid."""
-  sizes = {"7b": _full, "tiny": _tiny}
-  if size not in sizes:
-    raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
-  return ConfigDict(sizes[size]())
+  return of_size(size, {"7b": _full, "tiny": _tiny})
 
 
 # All that Qwen2.5 does not bring: blocks, embedding, norm and head of images.
@@ -32,13 +29,7 @@ _VISION = ("ar/vision_in/", "ar/vision_out/", "ar/mm_")
 
 
 def _source(path, task, weight):
-  return {
-    "path": path,
-    "task": task,
-    "weight": weight,
-    "first": 0,
-    "count": 0,
-  }
+  return {"path": path, "task": task, "weight": weight}
 
 
 def _full():

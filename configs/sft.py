@@ -16,17 +16,14 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from xomni_jax.config_files import read_config
+from xomni_jax.config_files import of_size, read_config
 
 _PRETRAIN = str(pathlib.Path(__file__).with_name("pretrain.py"))
 
 
 def get_config(size: str = "7b") -> ConfigDict:
   """As `xomni_jax.train_config.TrainConfig`, whose defaults go unsaid."""
-  sizes = {"7b": _full, "tiny": _tiny}
-  if size not in sizes:
-    raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
-  return ConfigDict(sizes[size]())
+  return of_size(size, {"7b": _full, "tiny": _tiny})
 
 
 def _full():
@@ -60,7 +57,7 @@ def _tiny():
 
 
 def _instructions(config, path, held_out):
-  source = {"path": path, "first": 0, "count": 0}
+  source = {"path": path}
   config["stage"] = "sft"
   config["data"] |= {
     "prompt_dropout": 0.1,  # so that guidance has an unconditional branch

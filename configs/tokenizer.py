@@ -13,15 +13,12 @@ is for one v5e:16x16 slice: by its operations half a day at 40 % of peak.
 
 from ml_collections import ConfigDict
 
-from xomni_jax.config_files import model_sections
+from xomni_jax.config_files import model_sections, of_size
 
 
 def get_config(size: str = "7b") -> ConfigDict:
   """As `xomni_jax.train_config.TrainConfig`, whose defaults go unsaid."""
-  sizes = {"7b": _full, "tiny": _tiny}
-  if size not in sizes:
-    raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
-  return ConfigDict(sizes[size]())
+  return of_size(size, {"7b": _full, "tiny": _tiny})
 
 
 def _full():
@@ -30,7 +27,7 @@ def _full():
     "workers": 8,
     "text_backend": "tensorflow_text",
   }
-  source = {"task": "image", "first": 0, "count": 0}
+  source = {"task": "image"}
   return {
     "stage": "tokenizer",
     "seed": 0,
@@ -129,7 +126,7 @@ def _tiny():
   data = {
     "window": 1024,
   }
-  source = {"task": "image", "weight": 1.0, "first": 0, "count": 0}
+  source = {"task": "image"}
   config |= {
     "global_batch": 16,
     "phases": {

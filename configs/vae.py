@@ -14,19 +14,12 @@ chips (v5e:4x4).
 
 from ml_collections import ConfigDict
 
-from xomni_jax.config_files import model_sections
+from xomni_jax.config_files import model_sections, of_size
 
 
 def get_config(size: str = "7b") -> ConfigDict:
   """As `xomni_jax.train_config.TrainConfig`, whose defaults go unsaid."""
-  sizes = {"7b": _full, "tiny": _tiny}
-  if size not in sizes:
-    raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
-  return ConfigDict(sizes[size]())
-
-
-def _source(path):
-  return {"path": path, "task": "image", "weight": 1.0, "first": 0, "count": 0}
+  return of_size(size, {"7b": _full, "tiny": _tiny})
 
 
 def _full():
@@ -45,11 +38,11 @@ def _full():
         "end_scale": 0.05,
       },
     },
-    "data": {**data, "sources": (_source("data/images"),)},
+    "data": {**data, "sources": ({"path": "data/images", "task": "image"},)},
     "eval_data": {
       **data,
       "shuffle": False,
-      "sources": (_source("data/held_out"),),
+      "sources": ({"path": "data/held_out", "task": "image"},),
     },
     "init": {},
     "optim": {
@@ -99,12 +92,12 @@ def _tiny():
         "end_scale": 0.05,
       },
     },
-    "data": {**data, "sources": (_source("world:signs"),)},
+    "data": {**data, "sources": ({"path": "world:signs", "task": "image"},)},
     "eval_data": {
       **data,
       "shuffle": False,
       # Words that no training sign shows.
-      "sources": (_source("world:signs:held-out"),),
+      "sources": ({"path": "world:signs:held-out", "task": "image"},),
     },
     "report": {
       "log_every": 50,

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -90,6 +90,15 @@ def load_architecture(spec: str | None) -> Architecture:
   """
   name, _, size = (spec or str(_MODEL)).partition(":")
   return architecture(read_config(name, size), name)
+
+
+def of_size(
+  size: str, sizes: Mapping[str, Callable[[], dict[str, Any]]]
+) -> ConfigDict:
+  """What a config file gives for one of its sizes."""
+  if size not in sizes:
+    raise ValueError(f"size is {size!r}, expected one of {', '.join(sizes)}")
+  return ConfigDict(sizes[size]())
 
 
 def model_sections(size: str) -> dict[str, Any]:
