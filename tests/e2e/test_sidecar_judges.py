@@ -365,3 +365,16 @@ def test_judge_behind_a_sidecar_says_whether_its_server_is_there(judge):
     judge.server_close()
     assert requests.get(f"{url}/health").status_code == 503
     assert scores(url, [grey("a", 1, "x")])[0].error_kind == "http"
+
+
+def test_reward_that_a_package_cannot_open_is_one_line(monkeypatch):
+  from xomni_jax.rewards import ocr
+
+  def fails(*args):
+    raise RuntimeError("no network\nno model")
+
+  monkeypatch.setattr(ocr, "open_engine", fails)
+  with pytest.raises(InputError) as e:
+    engines.open_reward("ocr", {"engine": "paddleocr"})
+  message = "reward ocr can't be opened (RuntimeError: no network no model)"
+  assert str(e.value) == message

@@ -106,14 +106,19 @@ def test_sidecar_under_ray_ends_with_all_its_processes():
 
 
 @pytest.mark.slow
-def test_sidecar_under_ray_that_cannot_start_says_why():
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (["num_gpus=0"], "does not start: xomni_jax.errors.InputError: "),
+    (["replicas=900"], "asks for 900 replicas of 1 CPU"),
+    (["num_gpus=99"], "asks for 1 replicas of 99 GPU"),
+  ],
+)
+def test_sidecar_under_ray_that_cannot_start_says_why(changes, message):
   command = ["xomni_jax.sidecar", "--app", "hps"]
-  for change in (
-    f"port={free_port()}", "num_gpus=0", "settings.checkpoint=/nowhere.pt"
-  ):  # fmt: skip
+  more = [f"port={free_port()}", "settings.checkpoint=/nowhere.pt", *changes]
+  for change in more:
     command += ["--set", change]
-  with (
-    pytest.raises(AssertionError, match="sidecar: error: application 'hps'"),
-    served(command, seconds=120),
-  ):
+  pattern = f"sidecar: error: application 'hps' {message}"
+  with pytest.raises(AssertionError, match=pattern), served(command, 120):
     pass

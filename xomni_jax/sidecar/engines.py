@@ -56,7 +56,13 @@ def open_reward(name: str, settings: Mapping[str, Any]) -> Reward:
       f"reward {name} has no setting {', '.join(unknown)}, expected "
       f"{', '.join(known)}"
     )
-  return rewards[name](**settings)
+  try:
+    return rewards[name](**settings)
+  except InputError:
+    raise
+  except Exception as e:  # packages fail as they like, say without a network
+    reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+    raise InputError(f"reward {name} can't be opened ({reason})") from e
 
 
 def ocr(

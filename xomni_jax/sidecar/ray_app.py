@@ -77,6 +77,8 @@ def run(
   )
   quiet = {"log_level": "WARNING", "enable_access_log": False}
   try:
+    if app.ray_address == "local":
+      _check_room(app, ray.cluster_resources())
     serve.start(
       http_options={"host": app.host, "port": app.port}, logging_config=quiet
     )
@@ -85,9 +87,8 @@ def run(
         deployment(app, token, open_it), name=app.name, logging_config=quiet
       )
     except RuntimeError as e:
-      reason = " ".join(str(e).split())[-400:]
       raise InputError(
-        f"application {app.name!r} does not start: {reason}"
+        f"application {app.name!r} does not start: {_why(serve, app) or e}"
       ) from None
     print(f"serving {app.name} on http://{app.host}:{app.port}", flush=True)
     _wait_until_told()
@@ -97,6 +98,17 @@ def run(
     ray.shutdown()
 
 
+def _check_room(app, room):
+  """Raises InputError where Ray would wait for ever for a larger machine."""
+  for kind, each in (("CPU", app.num_cpus), ("GPU", app.num_gpus)):
+    if each * app.replicas > room.get(kind, 0):
+      raise InputError(
+        f"application {app.name!r} asks for {app.replicas} replicas of "
+        f"{each:g} {kind}, and this machine has {room.get(kind, 0):g}; set replicas or "
+        f"num_{kind.lower()}s"
+      )
+
+
 def _wait_until_told():
   """Waits for SIGTERM or SIGINT; Ray has handlers of its own, that end hard."""
   told = threading.Event()
@@ -104,3 +116,14 @@ def _wait_until_told():
     signal.signal(number, lambda *_: told.set())
   while not told.wait(0.5):
     pass
+
+
+def _why(serve, app):
+  """The last line of what broke a deployment: the exception of a replica."""
+  try:
+    status = serve.status().applications[app.name]
+    message = status.deployments[app.name].message
+  except KeyError:
+    return ""
+  lines = [line.strip() for line in message.splitlines() if line.strip()]
+  return next((line for line in reversed(lines) if "Error" in line), "")
