@@ -104,8 +104,8 @@ def _check_room(app, room):
     if each * app.replicas > room.get(kind, 0):
       raise InputError(
         f"application {app.name!r} asks for {app.replicas} replicas of "
-        f"{each:g} {kind}, and this machine has {room.get(kind, 0):g}; set replicas or "
-        f"num_{kind.lower()}s"
+        f"{each:g} {kind}, and this machine has {room.get(kind, 0):g}; set "
+        f"replicas or num_{kind.lower()}s"
       )
 
 
