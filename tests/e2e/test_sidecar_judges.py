@@ -159,6 +159,9 @@ def test_final_score_agrees_with_the_reference_but_where_it_is_wrong():
 
 def test_unified_reward_asks_with_the_image_and_the_prompt(judge, monkeypatch):
   monkeypatch.setenv("XOMNI_JUDGE_KEY", "secret")
+  monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # is not asked
+  monkeypatch.delenv("NO_PROXY", raising=False)
+  monkeypatch.delenv("no_proxy", raising=False)
   rng = np.random.default_rng(0)
   item = grey("a", 0, "a {prompt} of 蓝 cats")
   item = item._replace(image=rng.integers(0, 256, (5, 7, 3), np.uint8))

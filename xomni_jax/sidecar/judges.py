@@ -221,13 +221,13 @@ def _ask(server, image, text, settings):
     **settings,
   }
   try:
-    reply = requests.post(
-      server.url.rstrip("/") + "/chat/completions",
-      json=body,
-      headers=_headers(server),
-      timeout=(min(5.0, server.timeout_s), server.timeout_s),
-      allow_redirects=False,
-    )
+    with _session(server) as session:
+      reply = session.post(
+        server.url.rstrip("/") + "/chat/completions",
+        json=body,
+        timeout=(min(5.0, server.timeout_s), server.timeout_s),
+        allow_redirects=False,
+      )
   except requests.Timeout as e:
     raise JudgeError("timeout", f"judge: {type(e).__name__}") from None
   except requests.RequestException as e:
@@ -277,9 +277,8 @@ def _check(server):
   import requests
 
   try:
-    reply = requests.get(
-      server.url.rstrip("/") + "/models", headers=_headers(server), timeout=5
-    )
+    with _session(server) as session:
+      reply = session.get(server.url.rstrip("/") + "/models", timeout=5)
     models = [model["id"] for model in reply.json()["data"]]
   except (requests.RequestException, ValueError, KeyError, TypeError) as e:
     raise JudgeError(
@@ -293,9 +292,15 @@ def _check(server):
     )
 
 
-def _headers(server):
-  key = os.environ.get(server.key_env, "").strip()
-  return {"Authorization": f"Bearer {key}"} if key else {}
+def _session(server):
+  import requests
+
+  session = requests.Session()
+  # No proxy or .netrc: the server stands beside this one and has its own key.
+  session.trust_env = False
+  if key := os.environ.get(server.key_env, "").strip():
+    session.headers["Authorization"] = f"Bearer {key}"
+  return session
 
 
 def _png_base64(image):
