@@ -100,9 +100,11 @@ def token_scores(
     log_model = jax.nn.log_softmax(logits, axis=-1)
     log_kept = log_model
     if support is not None:
-      kept = jnp.unpackbits(support, axis=-1, count=logits.shape[-1]) > 0
       # A run's padding keeps none: NaN there would reach the head's gradient.
-      kept |= ~kept.any(axis=-1, keepdims=True)
+      # (Asked of the bytes: libtpu 0.0.52 dies of a reduction of the bits.)
+      most = jnp.max(support.astype(jnp.int32), axis=-1, keepdims=True)
+      support = jnp.where(most > 0, support, jnp.uint8(255))
+      kept = jnp.unpackbits(support, axis=-1, count=logits.shape[-1]) > 0
       logits = jnp.where(kept, logits, -jnp.inf)
       log_kept = jax.nn.log_softmax(logits, axis=-1)
     probs = jnp.exp(log_kept)
