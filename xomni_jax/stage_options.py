@@ -172,6 +172,9 @@ class GRPOOptions:
       "fused" in a callback of the program that paints.
     combine: how scores become one reward, and when failures stop a run.
     loss_chunk: positions whose logits exist at once.
+    rollout_mesh: (axis, size) pairs of the mesh that draws and paints, over
+      the same devices; (): the run's. To draw a token all weights are read:
+      they should lie split over `tensor`, not over `fsdp`.
   """
 
   sizes: tuple[tuple[int, int], ...]
@@ -200,6 +203,7 @@ class GRPOOptions:
   reward_path: str = "host"
   combine: CombineConfig = dataclasses.field(default_factory=CombineConfig)
   loss_chunk: int = 1024
+  rollout_mesh: tuple[tuple[str, int], ...] = ()
 
   def __post_init__(self):
     _validate(

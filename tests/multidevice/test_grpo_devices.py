@@ -17,10 +17,18 @@ WAYS = {
     "devices": 8,
     "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
   },
+  # Trained over fsdp, drawn and painted over tensor.
+  "two_meshes": {
+    "count": 1,
+    "devices": 8,
+    "mesh": {"data": 1, "fsdp": 8},
+    "rollout_mesh": (("data", -1), ("tensor", 2)),
+  },
   "two_processes": {
     "count": 2,
     "devices": 4,
     "mesh": {"data": 4, "fsdp": 2},
+    "rollout_mesh": (("data", 4), ("tensor", 2)),
   },
 }
 
@@ -34,7 +42,11 @@ def run(folder, name, path):
   way = WAYS[name]
   with grpo_runs.serve() as server:
     config = grpo_runs.write_config(
-      folder, server.url, epochs=2, reward_path=path
+      folder,
+      server.url,
+      epochs=2,
+      reward_path=path,
+      rollout_mesh=way.get("rollout_mesh", ()),
     )
     results = runs.together(
       *(config, folder / name, "--config.phases.1_all.steps=2"),
@@ -59,7 +71,8 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
   ("name", "path"),
   [
-    ("eight", "host"),
+    ("two_meshes", "host"),
+    pytest.param("eight", "host", marks=pytest.mark.slow),
     pytest.param("eight", "fused", marks=pytest.mark.slow),
     pytest.param("two_processes", "host", marks=pytest.mark.slow),
     pytest.param("two_processes", "fused", marks=pytest.mark.slow),

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import GOLDEN
-from xomni_jax.errors import InputError
+from xomni_jax.data.prompts import Prompt
+from xomni_jax.errors import InputError, RunError
 from xomni_jax.inference import painter
 from xomni_jax.mesh import make_mesh
 from xomni_jax.rewards import wire
@@ -245,6 +246,32 @@ def test_fused_path_counts_a_raising_scorer_as_failed(
   config.options.combine = {"max_failure_rate": 0.6}
   (metrics,) = train(config, tmp_path, monkeypatch, scorer)
   assert metrics["reward/ocr_failed"] == 0.5
+
+
+def test_failures_before_a_kill_count_after_it(tmp_path, monkeypatch):
+  """A window of four steps; two of them lie before the run is resumed."""
+  monkeypatch.setattr(
+    rewarding,
+    "open_scorer",
+    lambda cfg: lambda items: [wire.failed(i.id, "http", "no") for i in items],
+  )
+  cfg = configure.parse(settings(), "test")[0].options
+  limit = dataclasses.replace(cfg.combine, window=4, max_failure_rate=0.9)
+  image = np.zeros((2, 2, 3), np.uint8)
+  prompts = [Prompt("p", "a sign")] * 8
+
+  def hear(rewarder, step):
+    rewarder.hear(rewarder.ask(step, prompts, dict.fromkeys(range(8), image)))
+
+  make = lambda: rewarding.Rewarder(cfg.rewards, limit, 8, tmp_path)
+  first = make()
+  for number in range(3):
+    hear(first, number)
+  first.close()
+  again = make()
+  hear(again, 2)  # its third step is not counted twice
+  with pytest.raises(RunError, match="32 of 32 scores"):
+    hear(again, 3)
 
 
 def test_own_rows_are_each_given_once():

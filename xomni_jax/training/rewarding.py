@@ -7,6 +7,7 @@ processes. On the fused path a callback asks inside the program that paints.
 
 import collections
 import concurrent.futures
+import pathlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from jax.experimental import io_callback, multihost_utils
 
 from xomni_jax.data.prompts import Prompt
 from xomni_jax.reward_config import CombineConfig, RewardConfig
-from xomni_jax.rewards import combine, ledger, wire
+from xomni_jax.rewards import combine, journal, ledger, wire
 from xomni_jax.rewards.open import open_scorer
 
 # What can go wrong with a score, by number, so that it can be gathered.
@@ -33,12 +34,14 @@ class Asked(NamedTuple):
   """Scores on their way.
 
   Attributes:
+    step: of the run.
     images: {row: u8[H, W, 3]} of this process.
     prompts: of all rows.
     futures: {reward's name: its scores of `images`, in their order}.
     table: of all rows, where they are here already (the fused path).
   """
 
+  step: int
   images: Mapping[int, np.ndarray]
   prompts: Sequence[Prompt]
   futures: Mapping[str, concurrent.futures.Future]
@@ -81,7 +84,12 @@ class Rewarder:
     self._rewards, self._cfg, self._group_size = rewards, cfg, group_size
     self._scorers = {reward.name: open_scorer(reward) for reward in rewards}
     self._ledger = ledger.Ledger(folder, jax.process_index())
-    self._history = combine.History([], [])
+    # What was seen of failures and drifts, by step; all processes read it.
+    self._watched = pathlib.Path(folder) / "watched.jsonl"
+    self._journal = None
+    if jax.process_index() == 0:
+      self._journal = journal.Journal(self._watched)
+    self._history: combine.History | None = None
     # A thread a reward: each has its own server, or its own engine.
     self._pool = concurrent.futures.ThreadPoolExecutor(len(rewards))
     self._fused: _Fused | None = None
@@ -100,7 +108,7 @@ class Rewarder:
       name: self._pool.submit(self._score, name, step, prompts, images)
       for name in self._scorers
     }
-    return Asked(images, prompts, futures)
+    return Asked(step, images, prompts, futures)
 
   def _score(self, name, step, prompts, images) -> dict[int, wire.Score]:
     """{row: score}; what the ledger has is not asked again."""
@@ -154,13 +162,34 @@ class Rewarder:
     warnings: Sequence[str] = ()
     if watch:
       self._history, warnings = combine.watch(
-        self._history, found, self._rewards, self._cfg
+        self._history or self._history_before(asked.step),
+        found,
+        self._rewards,
+        self._cfg,
       )
+      if self._journal:
+        seen = {"failures": [found.asked, found.failed], "means": found.means}
+        self._journal.add([{"step": asked.step, **seen}])
     return Heard(found, scores, seconds, warnings)
+
+  def _history_before(self, step: int) -> combine.History:
+    """What a run that is resumed had seen up to there."""
+    if not self._watched.exists():
+      return combine.History([], [])
+    lines = journal.read_journal(self._watched)
+    by_step = {line["step"]: line for line in lines if line["step"] < step}
+    seen = [by_step[s] for s in sorted(by_step)]
+    keep = max(self._cfg.window, 2 * self._cfg.drift_window)
+    return combine.History(
+      [line["failures"] for line in seen[-keep:]],
+      [line["means"] for line in seen[-keep:]],
+    )
 
   def close(self) -> None:
     """Waits for nothing."""
     self._pool.shutdown(wait=False, cancel_futures=True)
+    if self._journal:
+      self._journal.close()
 
 
 class _Fused:

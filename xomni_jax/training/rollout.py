@@ -13,16 +13,41 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from xomni_jax import params as params_lib
 from xomni_jax.config import Architecture, Compute, SchedulerConfig
 from xomni_jax.data import protocol
 from xomni_jax.data.prompts import Prompt
 from xomni_jax.errors import InputError
 from xomni_jax.inference import flow, painter, sampling
 from xomni_jax.mesh import to_host
+from xomni_jax.params import Row
 from xomni_jax.stage_options import GRPOOptions
 
 DRAW, PAINT = range(2)  # what keys are for
+
+
+def place_policy(params: Any, table: Sequence[Row], mesh: Mesh, dtype: str):
+  """A policy's parameters as a rollout reads them: cast, and laid out anew.
+
+  Args:
+    params: of the AR model, on a mesh of the same devices.
+    table: its parameter table.
+    mesh: that draws.
+  """
+  here = jax.tree.leaves(params)[0].sharding.mesh
+  if dtype != "float32":
+    with jax.set_mesh(here):
+      params = _cast(params, dtype)
+  if mesh == here:
+    return params
+  return jax.device_put(params, params_lib.shardings(table, params, mesh))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(tree, dtype):
+  return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 class Drawn(NamedTuple):

@@ -24,10 +24,11 @@ from xomni_jax.data.text_ops import T5Ids
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference import fresh
+from xomni_jax.models import ar
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import policy
 from xomni_jax.training.rewarding import Asked, Heard, Rewarder
-from xomni_jax.training.rollout import Drawn, Roller
+from xomni_jax.training.rollout import Drawn, Roller, place_policy
 from xomni_jax.training.stage import Params, Picture, Stage
 from xomni_jax.training.stages.grpo_program import (
   POLICY,
@@ -40,6 +41,8 @@ __all__ = ["program", "stage"]
 _PREVIEW = (4, 4)  # prompts, images of each
 # Keys of held-out rollouts: training never gets there.
 _HELD_OUT = 2**30
+# Sets the keys of rollouts apart from those of training.
+_ROLLOUTS = 0x6790
 _DECODER = ("vq", "flux", "vae", "clip", "t5")
 
 
@@ -175,7 +178,8 @@ class _Run:
     grid = roller.grid_of(prompts[0].size)
     start = time.perf_counter()
     if rows is None:
-      drawn = roller.draw(params[POLICY], prompts, number)
+      with jax.set_mesh(self._mesh):
+        drawn = roller.draw(self._policy(params), prompts, number)
       drawn_at = time.perf_counter()
       rows = self._measured(measure, drawn)
       metrics["time/rollout_seconds"] = drawn_at - start
@@ -185,6 +189,14 @@ class _Run:
     metrics["time/paint_seconds"] = time.perf_counter() - start
     return number, rows, asked
 
+  def _policy(self, params):
+    return place_policy(
+      params[POLICY],
+      ar.rows(self._arch.ar),
+      self._mesh,
+      self._cfg.compute.dtype,
+    )
+
   def _ask(self, number, prompts, codes, grid, group=None) -> Asked:
     """Paints images and asks for their rewards."""
     opts = self._cfg.options
@@ -192,18 +204,18 @@ class _Run:
     step = number * opts.minibatches * opts.epochs
     fused = None
     if opts.reward_path == "fused":
-      mesh = jax.sharding.get_mesh()
-      fused = self._rewarder.fused(step, each, mesh)
-    images, table = self._roller.paint(
-      codes[:, : grid[0] * grid[1]],
-      # The decoder reads a prompt as the vocabulary spells it.
-      [self._spelled(p) for p in each],
-      number,
-      grid,
-      fused,
-    )
+      fused = self._rewarder.fused(step, each, self._mesh)
+    with jax.set_mesh(self._mesh):
+      images, table = self._roller.paint(
+        codes[:, : grid[0] * grid[1]],
+        # The decoder reads a prompt as the vocabulary spells it.
+        [self._spelled(p) for p in each],
+        number,
+        grid,
+        fused,
+      )
     if fused:
-      return Asked(images, each, {}, table)
+      return Asked(step, images, each, {}, table)
     return self._rewarder.ask(step, each, images)
 
   def _spelled(self, prompt: Prompt) -> str:
@@ -257,7 +269,8 @@ class _Run:
     for i in range(count):
       prompts = self._held_out[i]
       # The same keys at every step: what differs is the policy.
-      drawn = roller.draw(params[POLICY], prompts, _HELD_OUT + i)
+      with jax.set_mesh(self._mesh):
+        drawn = roller.draw(self._policy(params), prompts, _HELD_OUT + i)
       asked = self._ask(_HELD_OUT + i, prompts, drawn.codes, drawn.grid, group)
       heard = self._rewarder.hear(asked, watch=False)
       for name, value in heard.combined.metrics.items():
@@ -291,6 +304,11 @@ class _Run:
     if self._roller is None:
       cfg, decoder = self._cfg, self._decoder
       mesh = jax.tree.leaves(params)[0].sharding.mesh
+      if sizes := dict(cfg.options.rollout_mesh):
+        mesh = mesh_lib.make_mesh(**mesh_lib.fill(sizes, mesh.size))
+      self._mesh = mesh
+      with jax.set_mesh(mesh):  # keys belong to a mesh as well
+        key = jax.random.fold_in(jax.random.key(cfg.seed), _ROLLOUTS)
       self._roller = Roller(
         options=cfg.options,
         arch=self._arch,
@@ -309,7 +327,7 @@ class _Run:
           name: released.load(self._files[name], mesh, cfg.compute.dtype)
           for name in _DECODER
         },
-        key=jax.random.fold_in(jax.random.key(cfg.seed), 0x6790),
+        key=key,
       )
     return self._roller
 
