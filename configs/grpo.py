@@ -71,10 +71,12 @@ def _full():
       "temperature": 1.0,
       "min_p": 0.03,  # X-Omni's in inference
       "overlap": 1,
+      # All weights are read for each code: they lie split over `tensor`.
+      "rollout_mesh": (("data", -1), ("tensor", 4)),
       "sample_rows": 256,
       "paint_rows": 64,
       "paint_steps": 12,
-      "score_rows": 64,
+      "score_rows": 256,
       "loss_chunk": 512,
       "rewards": (
         {
@@ -148,6 +150,7 @@ def _tiny():
     "overlap": 0,
     "prompt_len": 64,
     "sample_rows": 0,
+    "rollout_mesh": (),
     "paint_rows": 32,
     "paint_steps": 8,
     "score_rows": 0,

@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
 def _train(args):
   """A training step, of a config that names a stage."""
   # Here, since it brings all of training along.
+  from xomni_jax.plan.rollout import plan_rollout
   from xomni_jax.plan.training import plan_train
   from xomni_jax.training import configure
 
@@ -53,7 +54,10 @@ def _train(args):
   config = configure.read(args.config)
   target = open_target(args.target)
   mesh = mesh_of(target, args.mesh) if args.mesh else None
-  return [lambda: plan_train(config, target, mesh)]
+  programs = [lambda: plan_train(config, target, mesh)]
+  if config.stage == "grpo":
+    programs += plan_rollout(config, target)
+  return programs
 
 
 def _inference(args):
