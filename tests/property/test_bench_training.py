@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xomni_jax import bench
-from xomni_jax.bench import measure, training
+from xomni_jax.bench import grpo, measure, training
 from xomni_jax.errors import InputError
 from xomni_jax.training import configure
 
@@ -103,5 +103,26 @@ def test_training_benchmark_without_torch_leaves_its_column_empty(
   "more", [["--size", "tiny"], ["--model", "ar"], ["--scan"]]
 )
 def test_training_benchmark_refuses_what_it_does_not_take(more):
-  with pytest.raises(InputError, match="--train has sizes of its own"):
+  with pytest.raises(InputError, match="have sizes of their own"):
     bench.main(["--train", *more])
+
+
+def test_grpo_benchmark_gives_seconds_of_every_part(monkeypatch, capsys):
+  spec = f"{bench._ROOT / 'configs' / 'grpo.py'}:tiny"
+  config = configure.read(spec)
+  sizes = configure.read(f"{bench._ROOT / 'configs' / 'model.py'}:tiny")
+  config.architecture = {k: sizes[k] for k in config.architecture}
+  configure.override(
+    config,
+    [
+      *("global_batch=4", "options.group_size=2", "options.paint_rows=4"),
+      *("options.paint_steps=1", "options.sizes=((32, 32),)"),
+    ],
+  )
+  monkeypatch.setattr(configure, "read", lambda *_: config)
+  assert bench.main(["--grpo", "--repeats", "1"]) == 0
+  out = capsys.readouterr().out
+  assert "4 images a step; overlap hides" in out
+  for part in (*grpo.PARTS, grpo.UPDATE, grpo.STEP):
+    (line,) = (x for x in out.splitlines() if x.startswith(part))
+    assert len(line.split()) >= 5, line

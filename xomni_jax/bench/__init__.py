@@ -10,8 +10,11 @@ Two kinds of run for inference:
   share of the device's bandwidth or arithmetic is used. `--size tiny` is the
   same in small, on whatever there is, to see that it runs.
 
-`xomni bench --train` times the training step of `configs/pretrain.py:tiny`
-instead: packed rows beside padded ones, and both beside PyTorch.
+And of training:
+
+- `xomni bench --train` times the step of `configs/pretrain.py:tiny`: packed
+  rows beside padded ones, and both beside PyTorch.
+- `xomni bench --grpo` takes a step of `configs/grpo.py:tiny` apart.
 
 Speeds are medians of several calls, without the first, which compiles.
 """
@@ -27,7 +30,15 @@ from typing import Any
 
 import jax
 
-from xomni_jax.bench import compare, measure, part, roofline, training, work
+from xomni_jax.bench import (
+  compare,
+  grpo,
+  measure,
+  part,
+  roofline,
+  training,
+  work,
+)
 from xomni_jax.config import Compute
 from xomni_jax.config_files import load_architecture
 from xomni_jax.errors import InputError
@@ -51,6 +62,8 @@ def main(argv: list[str]) -> int:
   print(f"{measure.processor()}; {measure.versions()}", flush=True)
   if args.train:
     report = _train(args)
+  elif args.grpo:
+    report = _grpo(args)
   else:
     report = _small(args) if args.size == "100m" else _full(args)
   if args.json:
@@ -77,6 +90,11 @@ def _parse(argv):
     "--train",
     action="store_true",
     help="the training step of the tiny pretrain config, on the CPU",
+  )
+  add(
+    "--grpo",
+    action="store_true",
+    help="a step of the tiny GRPO config by its parts, on the CPU",
   )
   add(
     "--config",
@@ -115,10 +133,13 @@ def _parse(argv):
       raise InputError(f"--{name} is {value}, expected a number above 0")
   if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
     raise InputError(f"--json {args.json}: its folder does not exist")
-  if args.train and (args.size != "100m" or args.model or args.scan):
+  if (args.train or args.grpo) and (
+    args.size != "100m" or args.model or args.scan or (args.train and args.grpo)
+  ):
     raise InputError(
-      "--train has sizes of its own and times the AR model with and without a "
-      "scan; leave out --size, --model and --scan"
+      "--train and --grpo have sizes of their own, and --train times the AR "
+      "model with and without a scan; give one of them, without --size, "
+      "--model and --scan"
     )
   args.models = (args.model,) if args.model else ("ar", "flux")
   if args.scan is None:
@@ -152,6 +173,19 @@ def _train(args) -> dict[str, Any]:
   cfg, arch = configure.parse(configure.read(spec), spec)
   report = training.compare(cfg, arch, args.repeats)
   print(training.table(report))
+  about = {"size": "tiny", "device": measure.processor(), "busy": busy}
+  return about | {"versions": measure.versions()} | report
+
+
+def _grpo(args) -> dict[str, Any]:
+  """A step of reinforcement learning by part, printed."""
+  jax.config.update("jax_platforms", "cpu")
+  if busy := measure.busy():
+    print(busy, flush=True)
+  report = grpo.compare(
+    configure.read(f"{_ROOT / 'configs' / 'grpo.py'}:tiny"), args.repeats
+  )
+  print(grpo.table(report))
   about = {"size": "tiny", "device": measure.processor(), "busy": busy}
   return about | {"versions": measure.versions()} | report
 

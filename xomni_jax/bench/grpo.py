@@ -1,0 +1,95 @@
+"""A step of `configs/grpo.py:tiny` by its parts, with and without overlap.
+
+Weights are random, so that there is nothing to learn; every part does what it
+does in a run: drawing, painting, OCR in this process, log-probs, the update.
+"""
+
+import contextlib
+import io
+import json
+import pathlib
+import statistics
+import tempfile
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from xomni_jax.bench import measure
+from xomni_jax.training import build, configure, loop
+
+# {part: metric}; the update is what is left of a step.
+PARTS = {
+  "draw codes": "time/rollout_seconds",
+  "log-probs": "time/logp_seconds",
+  "paint": "time/paint_seconds",
+  "wait for rewards": "time/reward_wait_seconds",
+}
+UPDATE, STEP = "update", "whole step"
+_WARM_UP = 2  # steps that compile
+
+
+def compare(config: ConfigDict, repeats: int) -> dict[str, Any]:
+  """Seconds of a step by part, medians of `repeats` steps.
+
+  Returns:
+    seconds: {"overlap 0" | "overlap 1": {part: seconds}}; hidden: share of the
+    wait for rewards that overlap takes away; images: of a step.
+  """
+  seconds = {}
+  for overlap in (0, 1):
+    name = f"overlap {overlap}"
+    measure.say(f"grpo: {name} ...")
+    seconds[name] = _parts(config, overlap, repeats)
+  wait = [seconds[f"overlap {i}"]["wait for rewards"] for i in (0, 1)]
+  return {
+    "seconds": seconds,
+    "hidden": 1 - wait[1] / wait[0],
+    "images": config.global_batch,
+  }
+
+
+def _parts(config: ConfigDict, overlap: int, repeats: int) -> dict[str, float]:
+  config = ConfigDict(config.to_dict())
+  steps = _WARM_UP + repeats
+  configure.override(
+    config,
+    [
+      f"options.overlap={overlap}",
+      f"phases.1_all.steps={steps + overlap}",
+      "phases.1_all.warmup_steps=0",
+      "report.eval_every=0",
+      "report.preview_every=0",
+      "report.log_every=1",
+      f"checkpoint.every={steps + 2}",
+      "checkpoint.export=False",
+    ],
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    workdir = pathlib.Path(folder)
+    cfg, arch = configure.parse(config, "config")
+    stage = build.stage(cfg, arch, config, workdir)
+    with contextlib.redirect_stdout(io.StringIO()):  # lines of progress
+      loop.train(cfg, stage, workdir, settings=config.to_dict())
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  # With overlap the last step draws nothing.
+  rows = [json.loads(line) for line in lines][_WARM_UP:steps]
+  median = lambda name: statistics.median(row[name] for row in rows)
+  found = {part: median(name) for part, name in PARTS.items()}
+  whole = median("time/step_seconds")
+  return {**found, UPDATE: whole - sum(found.values()), STEP: whole}
+
+
+def table(report: dict[str, Any]) -> str:
+  """The report for people."""
+  ways = list(report["seconds"])
+  rows = [
+    [part, *(f"{report['seconds'][way][part]:.2f} s" for way in ways)]
+    for part in (*PARTS, UPDATE, STEP)
+  ]
+  return "\n".join(
+    [
+      measure.table(["a step", *ways], rows),
+      f"{report['images']} images a step; overlap hides "
+      f"{report['hidden']:.0%} of the wait for rewards",
+    ]
+  )
