@@ -166,6 +166,8 @@ class GRPOOptions:
     sample_rows, paint_rows, score_rows: images that are drawn, painted, and
       scored by the training forward at once, over all devices.
     paint_steps, paint_cfg_scale: of denoising.
+    same_noise: images of a prompt are painted from the same noise, so that
+      they differ in what the policy drew and not in the decoder's luck.
     sizes: (height, width) of images, px; the first where a prompt names none.
     rewards: what images are rewarded for.
     reward_path: "host" asks for rewards in threads, beside what devices do;
@@ -200,6 +202,7 @@ class GRPOOptions:
   score_rows: int = 0
   paint_steps: int = 8
   paint_cfg_scale: float = 1.0
+  same_noise: bool = True
   reward_path: str = "host"
   combine: CombineConfig = dataclasses.field(default_factory=CombineConfig)
   loss_chunk: int = 1024

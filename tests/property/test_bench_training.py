@@ -107,6 +107,7 @@ def test_training_benchmark_refuses_what_it_does_not_take(more):
     bench.main(["--train", *more])
 
 
+@pytest.mark.slow
 def test_grpo_benchmark_gives_seconds_of_every_part(monkeypatch, capsys):
   spec = f"{bench._ROOT / 'configs' / 'grpo.py'}:tiny"
   config = configure.read(spec)

@@ -274,6 +274,23 @@ def test_failures_before_a_kill_count_after_it(tmp_path, monkeypatch):
     hear(again, 3)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_images_of_a_prompt_share_their_noise_or_not(tmp_path, same):
+  config = settings(
+    options__same_noise=same, options__paint_rows=16, options__paint_steps=1
+  )
+  cfg, arch = configure.parse(config, "test")
+  stage = build.stage(cfg, arch, config, tmp_path)
+  mesh = make_mesh(devices=jax.devices()[:1])
+  run = stage.collect.__self__
+  with jax.set_mesh(mesh):
+    roller = run._rolled(stage.load(mesh, {"ar": "float32"}))
+    codes = np.zeros((16, 6), np.int32)  # two prompts, the same codes
+    images, _ = roller.paint(codes, ["a sign"] * 16, 0, (2, 3))
+  equal = [(images[i] == images[0]).all() for i in range(16)]
+  assert equal == [i == 0 or (same and i < 8) for i in range(16)]
+
+
 def test_own_rows_are_each_given_once():
   mesh = make_mesh(devices=jax.devices()[:1])
   x = jax.device_put(

@@ -234,6 +234,8 @@ class Roller:
     """
     opts, count = self.options, len(codes)
     keys = self.keys(rollout, count, PAINT)
+    if opts.same_noise:
+      keys = keys[np.arange(count) // opts.group_size]
     levels = flow.sigmas(self.scheduler, grid[0] * grid[1], opts.paint_steps)
     empty = [""] * opts.paint_rows if opts.paint_cfg_scale != 1 else []
     mine, tables = {}, []
