@@ -232,7 +232,10 @@ def test_non_finite_update_is_not_saved_and_a_better_config_goes_on(folder):
   assert last["nonfinite"]["pretrain/param_norm"] == "inf"
   assert not (workdir / "model").exists()
   # Without the change the run would have been this one all along.
-  status, out, err = runs.run(config, workdir, "--allow-config-change")
+  profile = "--config.report.profile=(7, 20)"
+  status, out, err = runs.run(config, workdir, profile, "--allow-config-change")
   assert status == 0, err[-3000:]
+  assert f"profile from step 7: {workdir}/profile" in out.splitlines()
+  assert list((workdir / "profile").rglob("*.xplane.pb"))
   assert "resumed at step 2 of 9" in out.splitlines()
   assert_as_alone(workdir, folder)

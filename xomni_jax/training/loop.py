@@ -116,6 +116,7 @@ class _Run:
     say = log.line if jax.process_index() == 0 else _complain
     self.bad = BadRecords(cfg.data.max_bad_rate, say)
     self.uncounted = np.zeros(2, np.int64)  # records: bad, good
+    self.profiling = False
     self.pending: dict[str, Any] | None = None
     self.compiled: dict[frozenset[str], Any] = {}
     self.meter = Meter(cfg, stage, layout, self.step)
@@ -134,6 +135,7 @@ class _Run:
           f"again to go on (exit status {EXIT_PREEMPTED})"
         )
         return EXIT_PREEMPTED
+    self._profile()
     self.runs.wait()
     self._export()
     self.log.line(f"done: {self.cfg.steps} steps")
@@ -324,16 +326,16 @@ class _Run:
     return nest({**self.state["params"], **self.frozen})
 
   def _profile(self) -> None:
+    """Begins or ends a profile, where it is due or the run is at its end."""
     first, last = self.cfg.report.profile
-    if first != last and jax.process_index() == 0:
-      if self.step == first:
-        jax.profiler.start_trace(str(self.workdir / "profile"))
-      if self.step == last:
-        self._read()
-        jax.profiler.stop_trace()
-        self.log.line(
-          f"profile of steps {first}..{last}: {self.workdir}/profile"
-        )
+    if self.profiling and self.step in (last, self.cfg.steps):
+      self._read()
+      jax.profiler.stop_trace()
+      self.profiling = False
+      self.log.line(f"profile from step {first}: {self.workdir}/profile")
+    elif self.step == first != last and jax.process_index() == 0:
+      jax.profiler.start_trace(str(self.workdir / "profile"))
+      self.profiling = True
 
   def _export(self) -> None:
     """The model as files for people, from the average where there is one."""
