@@ -274,6 +274,22 @@ def test_failures_before_a_kill_count_after_it(tmp_path, monkeypatch):
     hear(again, 3)
 
 
+def test_prompt_that_does_not_fit_is_named_and_masked(
+  tmp_path, monkeypatch, codes_as_images, capsys
+):
+  file = tmp_path / "prompts.jsonl"
+  texts = ["a sign", "long " * 200, "a cat", "a dog"]
+  file.write_text("".join(f'{{"prompt": "{text}"}}\n' for text in texts))
+  config = settings(phases__1_all__steps=1, data__shuffle=False)
+  config.data.sources = ({"path": str(file), "task": "prompt"},)
+  (metrics,) = train(config, tmp_path / "run", monkeypatch, share_of(WANTED))
+  assert "prompt prompts.jsonl:2 has more than 80 tokens" in (
+    capsys.readouterr().err
+  )
+  # The rest of the rollout counts: entropy is a mean over what does.
+  assert np.isfinite(metrics["grpo/entropy"]) and metrics["grpo/entropy"] > 0
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_images_of_a_prompt_share_their_noise_or_not(tmp_path, same):
   config = settings(

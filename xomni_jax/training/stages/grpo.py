@@ -163,8 +163,8 @@ class _Run:
       "time/reward_wait_seconds": heard.seconds,
       **heard.combined.metrics,
     }
-    for line in heard.warnings if jax.process_index() == 0 else ():
-      print(f"warning: {line}", file=sys.stderr, flush=True)
+    for line in heard.warnings:
+      _say(line)
     rows = self._with_advantages(rows, heard)
     self._shown, self._current = (asked, heard), (number, rows)
     if per_rollout > 1:
@@ -173,6 +173,7 @@ class _Run:
 
   def _begin(self, measure, params, number, rows, metrics):
     """(number, rows, scores on their way); rows: drawn before, or None."""
+    opts = self._cfg.options
     roller = self._rolled(params)
     prompts = self._prompts[number]
     grid = roller.grid_of(prompts[0].size)
@@ -181,6 +182,13 @@ class _Run:
       with jax.set_mesh(self._mesh):
         drawn = roller.draw(self._policy(params), prompts, number)
       drawn_at = time.perf_counter()
+      fits = drawn.fits[:: opts.group_size]
+      for prompt, whole in zip(prompts, fits, strict=True):
+        if not whole:
+          _say(
+            f"prompt {prompt.key} has more than {opts.prompt_len} tokens, "
+            "passed over; raise options.prompt_len"
+          )
       rows = self._measured(measure, drawn)
       metrics["time/rollout_seconds"] = drawn_at - start
       metrics["time/logp_seconds"] = time.perf_counter() - drawn_at
@@ -330,6 +338,12 @@ class _Run:
         key=key,
       )
     return self._roller
+
+
+def _say(line: str) -> None:
+  """A warning, by one process for all: they all see the same."""
+  if jax.process_index() == 0:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _said(score) -> str:
