@@ -323,3 +323,7 @@ def test_rollout_has_to_be_whole_groups(tmp_path):
   cfg, arch = configure.parse(config, "test")
   with pytest.raises(InputError, match="no multiple of group_size 8"):
     build.stage(cfg, arch, config, tmp_path)
+  config = settings(options__sample_rows=12)
+  cfg, arch = configure.parse(config, "test")
+  with pytest.raises(InputError, match="sample_rows is 12, expected a part"):
+    build.stage(cfg, arch, config, tmp_path)

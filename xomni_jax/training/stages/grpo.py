@@ -81,6 +81,14 @@ def stage(
       f"a rollout of {rows} images (global_batch x options.minibatches) is no "
       f"multiple of group_size {opts.group_size}"
     )
+  for name in ("sample_rows", "score_rows"):
+    at_once = getattr(opts, name) or rows
+    whole = opts.group_size if name == "sample_rows" else 1
+    if rows % at_once or at_once % whole:
+      raise InputError(
+        f"options.{name} is {at_once}, expected a part of the {rows} images of "
+        f"a rollout, in groups of {opts.group_size}"
+      )
   made = program(cfg, arch)
   run = _Run(cfg, arch, opened, decoder, rows, workdir)
 
@@ -124,8 +132,8 @@ class _Run:
       opts.rewards, opts.combine, opts.group_size, workdir / "rewards"
     )
     self._roller: Roller | None = None
-    self._next: tuple[int, dict, Asked] | None = None  # with its number
-    self._current: tuple[int, dict] | None = None
+    self._next: tuple[dict, Asked] | None = None  # rows, scores on their way
+    self._current: dict | None = None
     self._shown: tuple[Asked, Heard] | None = None
 
   def collect(self, measure, params: Params, extra, step: int):
@@ -137,11 +145,11 @@ class _Run:
     if update == 0:
       extra, metrics = self._rollout(measure, params, extra, number)
     elif self._current is None:
-      self._current = number, jax.tree.map(mesh_lib.to_host, extra["current"])
-    _, rows = self._current
+      self._current = jax.tree.map(mesh_lib.to_host, extra["current"])
     first = update % opts.minibatches * self._cfg.global_batch
     some = slice(first, first + self._cfg.global_batch)
-    return {k: x[some] for k, x in rows.items()}, extra, metrics
+    rows = {k: x[some] for k, x in self._current.items()}
+    return rows, extra, metrics
 
   def _rollout(self, measure, params, extra, number):
     """A rollout with its advantages; with overlap, the next one drawn too."""
@@ -151,13 +159,12 @@ class _Run:
       if opts.overlap and number:  # the run was resumed: it is in the state
         rows = jax.tree.map(mesh_lib.to_host, extra["next"])
       self._next = self._begin(measure, params, number, rows, metrics)
-    _, rows, asked = self._next
-    self._next = None
+    (rows, asked), self._next = self._next, None
     per_rollout = opts.minibatches * opts.epochs
     if opts.overlap and (number + 1) * per_rollout < self._cfg.steps:
       # Rewards of this rollout come in meanwhile.
       self._next = self._begin(measure, params, number + 1, None, metrics)
-      extra = {**extra, "next": self._placed(params, self._next[1])}
+      extra = {**extra, "next": self._placed(params, self._next[0])}
     heard = self._rewarder.hear(asked)
     metrics |= {
       "time/reward_wait_seconds": heard.seconds,
@@ -166,13 +173,13 @@ class _Run:
     for line in heard.warnings:
       _say(line)
     rows = self._with_advantages(rows, heard)
-    self._shown, self._current = (asked, heard), (number, rows)
+    self._shown, self._current = (asked, heard), rows
     if per_rollout > 1:
       extra = {**extra, "current": self._placed(params, rows)}
     return extra, metrics
 
   def _begin(self, measure, params, number, rows, metrics):
-    """(number, rows, scores on their way); rows: drawn before, or None."""
+    """(rows, scores on their way); rows: drawn before, or None."""
     opts = self._cfg.options
     roller = self._rolled(params)
     prompts = self._prompts[number]
@@ -195,7 +202,7 @@ class _Run:
     start = time.perf_counter()
     asked = self._ask(number, prompts, rows["codes"], grid)
     metrics["time/paint_seconds"] = time.perf_counter() - start
-    return number, rows, asked
+    return rows, asked
 
   def _policy(self, params):
     return place_policy(
@@ -205,10 +212,10 @@ class _Run:
       self._cfg.compute.dtype,
     )
 
-  def _ask(self, number, prompts, codes, grid, group=None) -> Asked:
+  def _ask(self, number, prompts, codes, grid) -> Asked:
     """Paints images and asks for their rewards."""
     opts = self._cfg.options
-    each = [p for p in prompts for _ in range(group or opts.group_size)]
+    each = [p for p in prompts for _ in range(opts.group_size)]
     step = number * opts.minibatches * opts.epochs
     fused = None
     if opts.reward_path == "fused":
@@ -271,7 +278,7 @@ class _Run:
 
   def evaluate(self, params: Params, step: int) -> dict[str, float]:
     """Mean rewards of held-out prompts, a group of images each."""
-    roller, group = self._rolled(params), self._cfg.options.group_size
+    roller = self._rolled(params)
     total: dict[str, float] = {}
     count = self._cfg.report.eval_batches
     for i in range(count):
@@ -279,7 +286,7 @@ class _Run:
       # The same keys at every step: what differs is the policy.
       with jax.set_mesh(self._mesh):
         drawn = roller.draw(self._policy(params), prompts, _HELD_OUT + i)
-      asked = self._ask(_HELD_OUT + i, prompts, drawn.codes, drawn.grid, group)
+      asked = self._ask(_HELD_OUT + i, prompts, drawn.codes, drawn.grid)
       heard = self._rewarder.hear(asked, watch=False)
       for name, value in heard.combined.metrics.items():
         name = f"held_out/{name.removeprefix('reward/')}"
