@@ -22,11 +22,17 @@ PEAKS = {
   ("pretrain", "v6e:16x16"): 11.36,
   ("pretrain", "v5p:4x4x4"): 21.86,
   ("sft", "v5e:16x16"): 11.16,
+  ("sft", "v6e:16x16"): 11.36,
+  ("sft", "v5p:4x4x4"): 21.86,
   ("tokenizer", "v5e:16x16"): 5.40,
   ("tokenizer", "v6e:16x16"): 4.67,
   ("tokenizer", "v5p:4x4x4"): 6.81,
   ("vae", "v5e:16x16"): 3.52,
+  ("vae", "v6e:16x16"): 3.52,
+  ("vae", "v5p:4x4x4"): 16.50,
   ("decoder", "v5e:16x16"): 8.45,
+  ("decoder", "v6e:16x16"): 8.46,
+  ("decoder", "v5p:4x4x4"): 15.32,
 }
 
 
