@@ -146,9 +146,9 @@ def scores_of_steps(params, state, cfg, how):
   """Tokens, logits and guided scores [20, N, ...] of the image loop."""
   real, seen = sampling.draw, []
 
-  def draw(keys, logits, s):
+  def draw(keys, logits, *rest):
     seen.append(logits)
-    return real(keys, logits, s)
+    return real(keys, logits, *rest)
 
   def step(state, _):
     state, drawn = sampling.image_step(
