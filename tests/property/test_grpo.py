@@ -190,11 +190,13 @@ def test_failed_scores_are_masked_and_never_zero(
       for i, s in enumerate(good)
     ]
 
-  config = settings(phases__1_all__steps=2)
+  config = settings(phases__1_all__steps=2, report__preview_every=2)
   config.options.combine = {"max_failure_rate": 0.5}
   found = train(config, tmp_path, monkeypatch, scorer)
   for metrics in found:
     assert metrics["reward/ocr_failed"] == metrics["reward/masked"] == 0.25
+  for name in ("samples", "curves"):
+    assert (tmp_path / "pictures" / f"{name}-0000002.png").exists()
 
 
 def test_fused_path_gives_the_numbers_of_the_host_path(

@@ -264,6 +264,22 @@ def test_captions_are_broken_at_the_width_and_cut(tmp_path):
   assert ink[:, :308].any(0).sum() > 200 and ink[17:34, 316:616].any()
 
 
+def test_curves_draw_the_metrics_of_a_prefix(tmp_path):
+  log = log_lib.Log(tmp_path, is_main=True)
+  log.cut(0)
+  log.scalars(1, {"reward/ocr": 0.1, "grpo/kl": 50.0})
+  log.scalars(2, {"reward/ocr": 0.9, "reward/hps": float("nan")})
+  blue = lambda image: int(
+    (np.abs(np.asarray(image).astype(int) - (31, 119, 180)).sum(-1) < 30).sum()
+  )
+  ours = pictures.curves(log.metrics(), "reward/")
+  assert blue(ours) > 300 and blue(pictures.curves([], "reward/")) == 0
+  # One line: the others are of another prefix, or have no value.
+  orange = (np.asarray(ours) == (255, 127, 14)).all(axis=-1)
+  assert not orange.any()
+  log.close()
+
+
 def test_picture_file_is_complete_or_not_there(tmp_path, monkeypatch):
   image = Image.new("RGB", (8, 8), "red")
   path = pictures.save(tmp_path, 12, "samples", image)

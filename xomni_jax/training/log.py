@@ -9,6 +9,7 @@ import os
 import pathlib
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -60,6 +61,10 @@ class Log:
       self._write(Event(step=step + 1, session_log=start))
     except OSError as e:
       raise self._failed(e) from e
+
+  def metrics(self) -> list[dict[str, Any]]:
+    """What was logged so far, a mapping a line."""
+    return [json.loads(line) for line in _lines(self._path)]
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     """Logs numbers of a step, as one line of JSON.

@@ -286,9 +286,14 @@ class _Run:
       with self.meter.paused():
         made = self.stage.preview(self._params(), self.step)
         if made and jax.process_index() == 0:
-          image = pictures.grid(made)
-          pictures.save(self.workdir, self.step, "samples", image)
-          self.log.image(self.step, "samples", image)
+          self._show("samples", pictures.grid(made))
+        if self.stage.curves and jax.process_index() == 0:
+          shown = pictures.curves(self.log.metrics(), self.stage.curves)
+          self._show("curves", shown)
+
+  def _show(self, tag: str, image) -> None:
+    pictures.save(self.workdir, self.step, tag, image)
+    self.log.image(self.step, tag, image)
 
   def held_out(self) -> dict[str, float]:
     """Metrics of the held-out batches, each weighted alike."""

@@ -111,6 +111,7 @@ class Stage:
       in every process; and what is carried on, saved with the state.
       `measure` is the program's, of such rows.
     evaluate: (params, step) -> metrics, where held-out rows are not enough.
+    curves: prefix of metrics that are drawn over steps; "": of none.
     close: called at the end, however it comes.
   """
 
@@ -123,4 +124,5 @@ class Stage:
   prepare: Mapping[int, Callable] = dataclasses.field(default_factory=dict)
   collect: Callable | None = None
   evaluate: Callable[[Params, int], Mapping[str, float]] | None = None
+  curves: str = ""
   close: Callable[[], None] = lambda: None

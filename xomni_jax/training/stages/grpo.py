@@ -108,6 +108,7 @@ def stage(
     ),
     collect=run.collect,
     evaluate=run.evaluate if cfg.eval_data else None,
+    curves="reward/",
     close=run.close,
   )
 
