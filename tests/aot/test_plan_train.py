@@ -34,6 +34,11 @@ PEAKS = {
   ("decoder", "v6e:16x16"): 8.46,
   ("decoder", "v5p:4x4x4"): 15.32,
 }
+# The same of the programs of stage grpo.
+GRPO_PEAKS = {
+  "v6e:16x16": {"train": 14.28, "draw": 5.02, "paint": 11.33, "measure": 4.68},
+  "v5p:4x4x4": {"train": 29.49, "draw": 7.32, "paint": 25.99, "measure": 4.96},
+}
 
 
 def dimensions(shape):
@@ -125,6 +130,36 @@ def test_full_size_step_fits_and_needs_what_it_did(stage, target, tmp_path):
   assert p["peak"] / GIB == pytest.approx(PEAKS[stage, target], rel=0.1)
   if stage == "pretrain":
     assert whole_gradients(p, 3584) == []
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("target", GRPO_PEAKS)
+def test_full_size_rollout_fits_and_needs_what_it_did(target, tmp_path):
+  config = ROOT / "configs" / "grpo.py"
+  found, text = plans(
+    tmp_path,
+    *("--program", "train", "--config", f"{config}:7b", "--target", target),
+  )
+  print(text)
+  peaks = {
+    "train" if name == "train grpo" else name.removeprefix("grpo "): p
+    for name, p in found.items()
+  }
+  assert all(p["peak"] < p["hbm"] for p in peaks.values())
+  assert {name: p["peak"] / GIB for name, p in peaks.items()} == pytest.approx(
+    GRPO_PEAKS[target], rel=0.1
+  )
+
+
+def test_plan_of_a_rollout_has_its_four_programs(tmp_path):
+  """Small, on fake devices: two meshes, and what is drawn with a filter."""
+  found, _ = plans(
+    tmp_path,
+    *("--program", "train", "--config", ROOT / "configs" / "grpo.py:tiny"),
+    *("--target", "cpu:2"),
+  )
+  assert set(found) == {"train grpo", "grpo draw", "grpo paint", "grpo measure"}
 
 
 def test_plan_of_training_needs_a_config():
