@@ -94,24 +94,33 @@ def test_full_size_meshes_fit_every_slice():
     [
       *(sys.executable, "-c"),
       "from xomni_jax import mesh\n"
+      "from xomni_jax.errors import InputError\n"
       "from xomni_jax.plan import compiling\n"
+      "from xomni_jax.training import configure, step\n"
       "for name in ('v5e:16x16', 'v6e:16x16', 'v5p:4x4x4'):\n"
       "  devices = compiling.open_target(name).devices\n"
       "  sizes = mesh.fill({'data': -1, 'fsdp': 32}, len(devices))\n"
       "  made = mesh.make_mesh(**sizes, devices=devices)\n"
       "  count = len({d.process_index for d in devices})\n"
-      "  print(name, made.size, mesh.rows_held(made) * count)\n",
+      "  print(name, made.size, mesh.rows_held(made) * count)\n"
+      # One row of a batch, which four processes share.
+      "devices = compiling.open_target('v5e:4x4').devices\n"
+      "made = mesh.make_mesh(tensor=16, devices=devices)\n"
+      "cfg, _ = configure.parse(configure.read('configs/vae.py:7b'), 'x')\n"
+      "try:\n"
+      "  step.check_batch(cfg, made)\n"
+      "except InputError as e:\n"
+      "  print(e)\n",
     ],
     cwd=ROOT,
     env={**os.environ, "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
   )
-  assert made.stdout.splitlines() == [
-    "v5e:16x16 256 256",
-    "v6e:16x16 256 256",
-    "v5p:4x4x4 64 64",
-  ], made.stderr[-2000:]
+  *fits, refused = made.stdout.splitlines() or [made.stderr[-2000:]]
+  assert fits == ["v5e:16x16 256 256", "v6e:16x16 256 256", "v5p:4x4x4 64 64"]
+  assert "a process holds 1 of 1 shares of a batch" in refused
+  assert refused.endswith("tensor and context have to lie within a process")
 
 
 @needs_libtpu
