@@ -4,6 +4,8 @@ A rollout takes two steps here, so that the checkpoint of the first one holds
 the codes. Rewards come from a server, to which the images have to come.
 """
 
+import json
+
 import numpy as np
 import pytest
 
@@ -97,3 +99,59 @@ def test_rollout_and_update_are_those_of_one_device(
   # updates of equal rows.
   for key in ("grpo/entropy", "grpo/kl", "grpo/sampler_gap"):
     assert abs(metrics[0][key] - their_metrics[0][key]) < 1e-5, key
+
+
+def overlapped(folder, name, steps=4):
+  """(states after every step, metrics, lines of each process's ledger)."""
+  way = WAYS[name] | {"mesh": {"data": 4, "fsdp": 2}}
+  workdir = folder / name
+  with grpo_runs.serve() as server:
+    config = grpo_runs.write_config(
+      folder,
+      server.url,
+      overlap=1,
+      rollout_mesh=(("data", 4), ("tensor", 2)),
+    )
+    results = runs.together(
+      *(config, workdir, f"--config.phases.1_all.steps={steps}"),
+      *("--config.checkpoint.every=1", *settings(way["mesh"])),
+      count=way["count"],
+      devices=way["devices"],
+    )
+    assert {r[0] for r in results} == {0}, results[0][2][-3000:]
+    # Each image of each rollout is asked about once, by one process.
+    assert sorted(map(int, server.asked)) == sorted([*range(8)] * steps)
+  ledgers = [
+    [json.loads(line) for line in path.read_text().splitlines()]
+    for path in sorted((workdir / "rewards").glob("scores-*.jsonl"))
+  ]
+  states = [runs.state(workdir, step) for step in range(1, steps + 1)]
+  return states, runs.metrics(workdir), ledgers
+
+
+@pytest.mark.slow
+def test_two_processes_overlap_as_one_does(tmp_path):
+  """Four updates, all but the first of a policy that is one step ahead."""
+  states, metrics, ledgers = overlapped(tmp_path, "two_processes")
+  theirs, their_metrics, _ = overlapped(tmp_path, "eight")
+  for step, (ours, other) in enumerate(zip(states, theirs, strict=True), 1):
+    assert ours.keys() == other.keys()
+    waiting = [key for key in other if "extra/next/" in key]
+    assert len(waiting) == 8
+    for key, x in other.items():
+      if key in waiting and not np.issubdtype(x.dtype, np.floating):
+        assert (ours[key] == x).all(), (step, key)
+      elif key in waiting or "/params/" in f"/{key}":
+        # Sums come in another order; an update moves parameters by 3e-3.
+        assert np.abs(ours[key] - x).max() < 5e-5, (step, key)
+  for ours, other in zip(metrics, their_metrics, strict=True):
+    assert ours.keys() == other.keys()
+    for key, value in other.items():
+      near = 1e-5 * max(1, abs(value))
+      assert abs(ours[key] - value) < near, (ours["step"], key)
+  off = [m["grpo/ratio_off"] for m in metrics]
+  assert off[0] < 1e-6 and min(off[1:]) > 0.1, off
+  # The ledgers of both processes together hold each sample of a step once.
+  assert len(ledgers) == 2 and all(ledgers)
+  samples = [tuple(line[:4]) for lines in ledgers for line in lines]
+  assert len(samples) == len(set(samples)) == 8 * len(states)
