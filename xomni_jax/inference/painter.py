@@ -17,7 +17,12 @@ from xomni_jax.models import text_encoders, vae, vq
 
 
 class Painter:
-  """FLUX transformer, autoencoder and text encoders of one model."""
+  """FLUX transformer, autoencoder and text encoders of one model.
+
+  Attributes:
+    cfg: configs, and the folder of the tokenizers.
+    t5_ids, clip_ids: prompts -> i32[n, T].
+  """
 
   def __init__(
     self,
@@ -38,10 +43,10 @@ class Painter:
     self._params = params
     self._compute = compute
     self._progress = progress
-    self._clip_ids = encoder_ids.load_clip_tokenizer(
+    self.clip_ids = encoder_ids.load_clip_tokenizer(
       opened.folder / "tokenizer", opened.clip.max_position_embeddings
     )
-    self._t5_ids = encoder_ids.load_t5_tokenizer(
+    self.t5_ids = encoder_ids.load_t5_tokenizer(
       opened.folder / "tokenizer_2", text_len
     )
     self._embedded: dict[tuple[str, ...], tuple[jax.Array, jax.Array]] = {}
@@ -106,8 +111,8 @@ class Painter:
         prompts: _embed(
           self._params["t5"],
           self._params["clip"],
-          self._t5_ids(list(prompts)),
-          self._clip_ids(list(prompts)),
+          self.t5_ids(list(prompts)),
+          self.clip_ids(list(prompts)),
           t5=self.cfg.t5,
           clip=self.cfg.clip,
           compute=self._compute,

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from xomni_jax.config import Compute
+from xomni_jax.config import Architecture, Compute
 from xomni_jax.data import images, protocol
 from xomni_jax.data.boundary import codes_grid
 from xomni_jax.errors import InputError
@@ -81,6 +81,30 @@ class Model:
     """Side of the square of pixels that one generated code stands for."""
     return self.config.decoder.upscale_factor
 
+  @property
+  def painter(self) -> Painter:
+    """The diffusion decoder; InputError if the model has none."""
+    if self._painter is None:
+      raise InputError(
+        "decoding needs the FLUX.1-dev parts, none were loaded; "
+        "name their folder as `flux` (--flux), or ask for codes only"
+      )
+    return self._painter
+
+  @property
+  def architecture(self) -> Architecture:
+    """Sizes of all parts, the diffusion decoder's too."""
+    cfg, decoder = self.config, self.painter.cfg
+    return Architecture(
+      ar=cfg.ar,
+      siglip=self._vit,
+      vq=cfg.vq,
+      flux=decoder.flux,
+      vae=decoder.vae,
+      clip=decoder.clip,
+      t5=decoder.t5,
+    )
+
   def encode(self, image) -> np.ndarray:
     """The codes of an image.
 
@@ -132,7 +156,7 @@ class Model:
     Raises:
       InputError: bad arguments, or the model was loaded without `flux`.
     """
-    painter = self._need_painter()
+    painter = self.painter
     arguments.seed_number(seed)
     codes = codes_grid(codes, self.config.vq.codebook_size)
     default = self.config.decoder
@@ -220,7 +244,7 @@ class Model:
   ) -> Iterator[Generated]:
     """`generate` batch by batch, for work that is stored as it is made."""
     if decode:
-      self._need_painter()
+      _ = self.painter  # an error now, and not after all was drawn
     prompts = arguments.prompts_list(prompts)
     arguments.at_least_one(num_images=num_images, batch_size=batch_size)
     arguments.seed_number(seed)
@@ -237,7 +261,7 @@ class Model:
         batch = ids[first : first + each]
         mine = keys[first * num_images : (first + each) * num_images]
         start = time.monotonic()
-        drawn = self._draw_codes(batch, prefix, mine, (h, w), how, bar)
+        drawn = self.draw_codes(batch, (h, w), how, mine, bar)
         seconds = {"sampling": time.monotonic() - start}
         codes = drawn.token.reshape(-1, h, w)
         pictures = []
@@ -368,11 +392,28 @@ class Model:
         )
       )
 
-  def _draw_codes(self, batch, prefix, keys, grid, how, bar) -> Drawn:
-    """Codes [n, h*w] of one batch of prompts, with their log-probs."""
+  def draw_codes(
+    self,
+    prompts: Sequence[Sequence[int]],
+    grid: tuple[int, int],
+    how: Sampling,
+    keys: jax.Array,
+    bar: tqdm | None = None,
+  ) -> Drawn:
+    """Codes [N, h*w] of one batch of prompts, with their log-probs.
+
+    Args:
+      prompts: their ids.
+      grid: (h, w) of codes.
+      how: codes are drawn.
+      keys: [N], one a sequence, those of a prompt adjacent; N is a multiple of
+        the number of prompts.
+      bar: counts the codes.
+    """
     h, w = grid
-    copies = (len(keys) // len(batch),) * len(batch)
-    rows = [ids + prefix for ids in batch]
+    prefix = self.tokenizer.encode(protocol.image_prefix(h, w))
+    copies = (len(keys) // len(prompts),) * len(prompts)
+    rows = [[*ids, *prefix] for ids in prompts]
     if how.cfg_scale != 1:
       # One negative row serves all: it sees no prompt.
       rows, copies = [*rows, prefix], (*copies, len(keys))
@@ -389,7 +430,7 @@ class Model:
           steps=w,
         )
         drawn.append(new)
-        if self._progress:
+        if bar is not None and self._progress:
           new.token.block_until_ready()  # the bar shows work done, not queued
           bar.update(new.token.size)
       return jax.tree.map(
@@ -427,14 +468,6 @@ class Model:
     return tqdm(
       items, desc=what, unit=unit, total=total, disable=not self._progress
     )
-
-  def _need_painter(self):
-    if self._painter is None:
-      raise InputError(
-        "decoding needs the FLUX.1-dev parts, none were loaded; "
-        "name their folder as `flux` (--flux), or ask for codes only"
-      )
-    return self._painter
 
 
 @partial(jax.jit, static_argnames=("vit", "quantiser", "compute"))
