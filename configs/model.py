@@ -195,7 +195,7 @@ def _world():
   }
   config["vae"] |= {
     # Convolutions of whole images are most of a step.
-    "block_out_channels": (16, 16, 32, 64),
+    "block_out_channels": (16, 32, 64, 128),
     "layers_per_block": 1,
     "norm_num_groups": 4,  # of at least 4 channels, as FLUX's
   }

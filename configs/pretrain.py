@@ -141,7 +141,7 @@ def _tiny():
     "global_batch": 8,
     "phases": {
       "1_vision": {"steps": 100, "train": _VISION, "warmup_steps": 20},
-      "2_all": {"steps": 700, "train": ("ar/",), "warmup_steps": 20},
+      "2_all": {"steps": 1000, "train": ("ar/",), "warmup_steps": 20},
       "3_anneal": {"steps": 200, "train": ("ar/",), "decay": "linear"},
     },
     "data": {**data, "sources": mixture},

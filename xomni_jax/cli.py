@@ -13,6 +13,7 @@ import sys
 import time
 
 from xomni_jax.errors import InputError, RunError
+from xomni_jax.inference.shipped import DEFAULT, NAMES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,6 +101,7 @@ def _parser():
       "inference.tokenize_dataset",
       "Turn a data set's images into code records.",
     ),
+    ("recipe", "recipe", "Train the tiny model that ships, from nothing."),
     ("demo", "demo", "Run every part on a tiny model and write an HTML page."),
     ("plan", "plan", "Compile for TPUs without one; print bytes per device."),
     (
@@ -127,9 +129,10 @@ def _model_flags(parser, *, flux):
   parser.add_argument(
     "--model",
     "--model_name_or_path",
-    required=True,
+    default=DEFAULT,
     metavar="PATH_OR_ID",
-    help="X-Omni folder in the released layout, or its hub id",
+    help="X-Omni folder in the released layout, its hub id, or a model that "
+    f"comes with the package: {', '.join(NAMES)}",
   )
   parser.add_argument(
     "--flux",
@@ -175,7 +178,9 @@ def _sampling_flags(parser, *, cfg):
 
 def _generate_flags(parser):
   _model_flags(
-    parser, flux="FLUX.1-dev folder or hub id; not needed with --codes-only"
+    parser,
+    flux="FLUX.1-dev folder or hub id; models that come with the package bring "
+    "their own, --codes-only needs none",
   )
   what = parser.add_mutually_exclusive_group(required=True)
   what.add_argument("--prompt")
@@ -291,7 +296,7 @@ def generate(args) -> None:
   """`xomni generate`."""
   from xomni_jax.inference import files
 
-  if not args.codes_only and args.flux is None:
+  if not (args.codes_only or args.flux or args.model in NAMES):
     raise InputError(
       "painting needs FLUX.1-dev's parts; name them with --flux, or ask for "
       "--codes-only"
@@ -392,7 +397,7 @@ def tokenize(args) -> None:
       files.write_codes(out, codes)
       print(f"{out}: {codes.shape[0]} x {codes.shape[1]} codes")
     return
-  if args.flux is None or args.output_path is None:
+  if not (args.flux or args.model in NAMES) or args.output_path is None:
     raise InputError(
       "painting codes needs FLUX.1-dev's parts and a name for the image; "
       "give --flux and --output-path"

@@ -11,7 +11,9 @@ class VAEOptions:
   """Of stage `vae`.
 
   Attributes:
-    crop: side of the square crops it trains on, px.
+    crops: sides of the square crops it trains on, px: of each phase, or one of
+      all. Held-out images are cropped to the last.
+    align: corners of crops lie on multiples of it, px; 1: anywhere.
     l1, l2: weights of the pixel errors.
     edges: weight of the error in pixel differences, for sharp strokes.
     kl: weight of the KL divergence from a unit Gaussian, per latent value.
@@ -19,7 +21,8 @@ class VAEOptions:
       have mean 0 and deviation 1, as FLUX's do.
   """
 
-  crop: int
+  crops: tuple[int, ...]
+  align: int = 1
   l1: float = 1.0
   l2: float = 0.0
   edges: float = 0.0

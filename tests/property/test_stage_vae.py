@@ -20,7 +20,7 @@ from xomni_jax.training.stages import vae as stage_lib
 from xomni_jax.training.stages import vae_program
 from xomni_jax.training.stages.painting_rows import CropRows
 
-SETTINGS = ["global_batch=4", "options.crop=16", "options.kl=0.01"]
+SETTINGS = ["global_batch=4", "options.crops=(16,)", "options.kl=0.01"]
 
 
 def parsed(size, *settings):
@@ -232,7 +232,7 @@ def test_vae_crops_of_small_images_are_enlarged(size):
 
 def test_vae_stage_exports_a_flux1_folder(tmp_path):
   cfg, arch = parsed(
-    "tiny", f"init.flux={GOLDEN / 'flux1'}", "options.crop=16", "global_batch=4"
+    "tiny", f"init.flux={GOLDEN / 'flux1'}", "options.crops=(16,)", "global_batch=4"
   )
   stage = stage_lib.stage(cfg, arch)
   rows = stage.batches(0)[0]
@@ -276,4 +276,4 @@ def test_vae_program_builds_from_its_config(size):
     lambda p, b: made.loss(p, b, context), params, made.batch
   )
   assert value.shape == () and all(m.shape == () for m in metrics.values())
-  assert made.tokens == cfg.global_batch * (cfg.options.crop // 8) ** 2
+  assert made.tokens == cfg.global_batch * (cfg.options.crops[0] // 8) ** 2

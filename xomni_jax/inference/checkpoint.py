@@ -18,6 +18,7 @@ from xomni_jax.checkpoints.released_config import read_json
 from xomni_jax.checkpoints.tensor_files import folder_files, pt_file
 from xomni_jax.config import FluxConfig, SiglipConfig, XOmniConfig
 from xomni_jax.errors import InputError
+from xomni_jax.inference import shipped
 from xomni_jax.inference.flux1 import Flux1, open_flux1, parts_of
 from xomni_jax.inference.hub import resolve
 from xomni_jax.models import ar, flux, siglip, vq
@@ -70,8 +71,13 @@ def inside(folder: pathlib.Path, relative: str, where: str) -> pathlib.Path:
 
 
 def open_checkpoint(path_or_id: str | pathlib.Path) -> Checkpoint:
-  """Opens an X-Omni folder; raises InputError where it does not fit."""
-  folder = resolve(path_or_id)
+  """Opens an X-Omni folder; raises InputError where it does not fit.
+
+  Args:
+    path_or_id: a folder, a hub id, or the name of a model that ships.
+  """
+  named = shipped.find(path_or_id)
+  folder = named.model if named else resolve(path_or_id)
   where = folder / "config.json"
   raw = read_json(where)
   cfg = released_config.xomni_config(raw, str(where))
@@ -96,7 +102,7 @@ def open_checkpoint(path_or_id: str | pathlib.Path) -> Checkpoint:
         "language model",
         ar.rows(cfg.ar),
         ar.abstract(cfg.ar),
-        folder_files(folder, STEM),
+        folder_files(named.language_model if named else folder, STEM),
       ),
       "siglip": Part(
         "image encoder",

@@ -8,6 +8,7 @@ from xomni_jax.checkpoints.released import Part
 from xomni_jax.checkpoints.released_config import read_json
 from xomni_jax.checkpoints.tensor_files import folder_files
 from xomni_jax.config import CLIPConfig, SchedulerConfig, T5Config, VAEConfig
+from xomni_jax.inference import shipped
 from xomni_jax.inference.hub import resolve
 from xomni_jax.models import text_encoders, vae
 
@@ -47,9 +48,15 @@ class Flux1:
 def open_flux1(path_or_id: str | pathlib.Path) -> Flux1:
   """Reads the configs of a FLUX.1-dev folder or hub id; raises InputError.
 
-  A `transformer` folder in it is ignored.
+  A `transformer` folder in it is ignored. Models that ship are also known by
+  their names.
   """
-  folder = resolve(path_or_id, [f"{name}/*" for name in FOLDERS])
+  named = shipped.find(path_or_id)
+  folder = (
+    named.flux1
+    if named
+    else resolve(path_or_id, [f"{name}/*" for name in FOLDERS])
+  )
 
   def read(name, parse, file="config.json"):
     where = folder / name / file

@@ -12,7 +12,7 @@ from xomni_jax.checkpoints import released
 from xomni_jax.config import Compute
 from xomni_jax.data import protocol
 from xomni_jax.errors import InputError
-from xomni_jax.inference import checkpoint
+from xomni_jax.inference import checkpoint, shipped
 from xomni_jax.inference.pipeline import Model
 from xomni_jax.mesh import make_mesh
 
@@ -29,7 +29,8 @@ def load(
   """Loads a checkpoint in the released layout.
 
   Args:
-    path_or_hub_id: an X-Omni folder, or its Hugging Face hub id.
+    path_or_hub_id: an X-Omni folder, its Hugging Face hub id, or "tiny" or
+      "tiny-sft", which come with the package and bring their decoder.
     flux: a FLUX.1-dev folder or hub id; only needed to decode images.
     dtype: "float32" or "bfloat16", of parameters and matmuls; None: float32 on
       CPU, else bfloat16.
@@ -64,6 +65,8 @@ def load(
     )
   parts = dict(opened.parts)
   decoder = None
+  if flux is None and shipped.find(path_or_hub_id):
+    flux = path_or_hub_id
   if flux is not None:
     decoder = checkpoint.open_decoder(opened, flux)
     parts |= decoder.parts

@@ -74,9 +74,11 @@ class CropRows:
 
   Attributes:
     side: px.
+    align: corners lie on multiples of it, px.
   """
 
   side: int
+  align: int = 1
 
   def prepare(
     self, record: records.Record, rng: np.random.Generator, bucket: None
@@ -91,7 +93,10 @@ class CropRows:
     if short < self.side:
       size = [max(self.side, round(n * self.side / short)) for n in image.size]
       image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (int(rng.integers(n - self.side + 1)) for n in image.size)
+    left, top = (
+      self.align * int(rng.integers((n - self.side) // self.align + 1))
+      for n in image.size
+    )
     box = (left, top, left + self.side, top + self.side)
     return {"pixels": np.asarray(image.crop(box))}
 

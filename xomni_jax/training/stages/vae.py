@@ -18,6 +18,7 @@ from PIL import Image
 from xomni_jax.checkpoints import released
 from xomni_jax.config import Architecture, VAEConfig
 from xomni_jax.data import pipeline, records
+from xomni_jax.errors import InputError
 from xomni_jax.inference import flux1, fresh
 from xomni_jax.mesh import to_host
 from xomni_jax.models import vae
@@ -44,9 +45,10 @@ def stage(cfg: TrainConfig, arch: Architecture) -> Stage:
   """
   opened = flux1.open_flux1(cfg.init.flux)
   arch = dataclasses.replace(arch, vae=opened.vae)
-  rows = CropRows(cfg.options.crop)
+  sides = _sides(cfg, arch.vae)
 
-  def crops(data, seed):
+  def crops(data, seed, side):
+    rows = CropRows(side, cfg.options.align)
     return pipeline.images(
       data,
       seed=seed,
@@ -56,8 +58,10 @@ def stage(cfg: TrainConfig, arch: Architecture) -> Stage:
       process=(jax.process_index(), jax.process_count()),
     )
 
-  batches = lambda i: crops(cfg.phases[i].data or cfg.data, cfg.seed + i)
-  held_out = cfg.eval_data and crops(cfg.eval_data, cfg.seed)
+  batches = lambda i: crops(
+    cfg.phases[i].data or cfg.data, cfg.seed + i, sides[i]
+  )
+  held_out = cfg.eval_data and crops(cfg.eval_data, cfg.seed, sides[-1])
 
   def load(mesh, dtypes):
     part = flux1.parts_of(opened)["vae"]
@@ -80,6 +84,19 @@ def stage(cfg: TrainConfig, arch: Architecture) -> Stage:
     preview=preview if cfg.report.preview_every else None,
     export=export,
   )
+
+
+def _sides(cfg: TrainConfig, model: VAEConfig) -> tuple[int, ...]:
+  """Sides of the crops of each phase."""
+  sides, phases = cfg.options.crops, len(cfg.phases)
+  if len(sides) not in (1, phases) or any(
+    n < 1 or n % model.factor for n in sides
+  ):
+    raise InputError(
+      f"options.crops is {sides}, expected one side, or one for each of the "
+      f"{phases} phases, multiples of {model.factor} px"
+    )
+  return sides if len(sides) == phases else sides * phases
 
 
 def fit_scale(

@@ -23,7 +23,7 @@ _EVAL_SEED = 20_250_728
 def program(cfg: TrainConfig, arch: Architecture) -> Program:
   """The autoencoder's training.
 
-  Rows are `pixels` u8[B, crop, crop, 3], `id` i32[B] and `real` f32[B].
+  Rows are `pixels` u8[B, side, side, 3], `id` i32[B] and `real` f32[B].
   """
   opts, model = cfg.options, arch.vae
 
@@ -45,7 +45,7 @@ def program(cfg: TrainConfig, arch: Architecture) -> Program:
     )
     return value, {f"vae/{name}": x for name, x in terms.items()}
 
-  side, rows = opts.crop, cfg.global_batch
+  side, rows = opts.crops[0], cfg.global_batch
   shape = jax.ShapeDtypeStruct
   return Program(
     parts={"vae": Part(vae.rows(model), vae.abstract(model))},

@@ -1,0 +1,251 @@
+"""`xomni recipe`: the tiny model that ships, from nothing.
+
+Runs every stage with its tiny config, each as a process of its own, and puts
+what they leave together. A stage that is done is not run again, and one that
+was stopped goes on from its newest checkpoint.
+"""
+
+import argparse
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+from xomni_jax.errors import InputError, RunError
+from xomni_jax.inference import shipped
+
+_CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+_LOG = "recipe.log"
+# Of images that become codes: (train, held-out).
+_CODES, _QUICK_CODES = (20_000, 2_000), (3_000, 300)
+_SHARD = 1024
+# Where a stage starts: {setting: what another stage left}.
+_STARTS = {
+  "vae": {},
+  "tokenizer": {},
+  "pretrain": {"model": "tokenizer/model"},
+  "sft": {"model": "pretrain/model"},
+  "decoder": {"model": "sft/model", "flux": "vae/model"},
+  "grpo": {"model": "decoder/model", "flux": "decoder/flux1"},
+}
+# {stage: settings} that make it a try of about a minute.
+_QUICK = {
+  "vae": ("phases.1_crops.steps=330", "phases.2_whole.steps=20"),
+  "tokenizer": (
+    "phases.1_all.steps=350",
+    "options.quantise_from=150",
+    "options.revive_until=300",
+  ),
+  "pretrain": (
+    "phases.1_vision.steps=40",
+    "phases.2_all.steps=110",
+    "phases.3_anneal.steps=30",
+  ),
+  "sft": ("phases.1_all.steps=40",),
+  "decoder": ("phases.1_all.steps=220",),
+  "grpo": ("phases.1_all.steps=2",),
+}
+_POLL = 0.5  # s
+_SAY = 30.0  # s between lines where there is no terminal
+
+
+class Job(NamedTuple):
+  """A process of the recipe.
+
+  Attributes:
+    name: of it.
+    argv: arguments of `xomni`.
+    leaves: what is under runs/ when it is done.
+  """
+
+  name: str
+  argv: tuple[str, ...]
+  leaves: str
+
+
+def main(argv: list[str]) -> int:
+  """Runs what is not done yet; returns the exit status.
+
+  Raises:
+    InputError: bad arguments, or no configs to go by.
+    RunError: a stage failed.
+  """
+  parser = argparse.ArgumentParser(
+    prog="xomni recipe",
+    description="Train the tiny model that ships: autoencoder, tokenizer, "
+    "pretraining, fine-tuning, diffusion decoder, reinforcement learning. "
+    "What was stopped goes on by the same command.",
+  )
+  parser.add_argument(
+    "--out", default=".", help="folder in which runs/ gets a folder a stage"
+  )
+  parser.add_argument(
+    "--quick", action="store_true", help="minutes: to see that all of it runs"
+  )
+  parser.add_argument("--seed", type=int, default=0)
+  args = parser.parse_args(argv)
+  if not _CONFIGS.is_dir():
+    raise InputError(
+      f"{_CONFIGS}: no such folder; run the recipe from a clone of the "
+      "repository, whose configs/ it follows"
+    )
+  out = pathlib.Path(args.out).resolve()
+  (out / "runs").mkdir(parents=True, exist_ok=True)
+  # A stop asked for politely reaches the stage, which saves.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  start = time.monotonic()
+  todo = jobs(args.quick, args.seed)
+  for i, job in enumerate(todo, 1):
+    if not (out / "runs" / job.leaves).exists():
+      run(job, out, f"[{i}/{len(todo)}]", start)
+  made = out / "runs" / "tiny"
+  if not made.exists():
+    assemble(out / "runs", made)
+  minutes, seconds = divmod(round(time.monotonic() - start), 60)
+  print(f"{made}: the model; {minutes} min {seconds:02d} s")
+  return 0
+
+
+def jobs(quick: bool, seed: int) -> list[Job]:
+  """What is run, in order."""
+  counts = _QUICK_CODES if quick else _CODES
+  found = []
+  for stage in _STARTS:
+    if stage == "pretrain":
+      for split, count in zip(("train", "held-out"), counts, strict=True):
+        found.append(_codes(split, count))
+    found.append(_stage(stage, quick, seed))
+  return found
+
+
+def _codes(split: str, count: int) -> Job:
+  out = f"codes/{split}"
+  shards = -(-count // _SHARD)
+  return Job(
+    f"codes, {split}",
+    ("tokenize-dataset", "--model", "runs/tokenizer/model",
+     "--source", f"world:signs:{split}", "--count", str(count),
+     "--shard-size", str(_SHARD), "--out", f"runs/{out}"),
+    # Shards are made in order, each whole or not at all.
+    f"{out}/codes-{shards - 1:05d}-of-{shards:05d}.array_record",
+  )  # fmt: skip
+
+
+def _stage(stage: str, quick: bool, seed: int) -> Job:
+  settings = [f"init.{n}=runs/{left}" for n, left in _STARTS[stage].items()]
+  settings.append(f"seed={seed}")
+  if quick:
+    steps = [s for s in _QUICK[stage] if ".steps=" in s]
+    total = sum(int(s.rpartition("=")[2]) for s in steps)
+    settings += _QUICK[stage]
+    settings += [
+      f"{name}={total}"
+      for name in (
+        "report.eval_every",
+        "report.preview_every",
+        "checkpoint.every",
+      )
+    ]
+  return Job(
+    stage,
+    (
+      "train",
+      f"--config={_CONFIGS}/{stage}.py:tiny",
+      f"--workdir=runs/{stage}",
+      *(f"--config.{setting}" for setting in settings),
+    ),
+    f"{stage}/model",
+  )
+
+
+def run(job: Job, out: pathlib.Path, label: str, start: float) -> None:
+  """Runs a job in a folder and shows how far it is.
+
+  Raises:
+    RunError: it failed; what it said is in the log.
+  """
+  log = out / "runs" / _LOG
+  with log.open("ab") as file:
+    file.write(f"\n{label} {job.name}\n".encode())
+    file.flush()
+    seen = file.tell()
+    command = [sys.executable, "-m", "xomni_jax", *job.argv]
+    child = subprocess.Popen(command, cwd=out, stdout=file, stderr=file)
+    try:
+      _watch(child, log, seen, f"{label} {job.name}", start)
+    finally:
+      # An interrupt or SIGTERM: training saves before it ends.
+      if child.poll() is None:
+        child.terminate()
+        child.wait()
+  if child.returncode:
+    raise RunError(
+      f"{job.name} failed (exit status {child.returncode}): "
+      f"{_last_line(log, seen)}; all of it is in {log}"
+    )
+
+
+def _watch(child, log, seen, label, start):
+  """Shows the last line of the log until the child ends."""
+  live, said = sys.stderr.isatty(), 0.0
+  while child.poll() is None:
+    time.sleep(_POLL)
+    now = time.monotonic()
+    if not live and now - said < _SAY:
+      continue
+    said = now
+    minutes, seconds = divmod(int(now - start), 60)
+    line = f"{label}, {minutes}:{seconds:02d}: {_last_line(log, seen)}"
+    if live:
+      width = shutil.get_terminal_size().columns - 1
+      print(f"\r{line[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+    else:
+      print(line, file=sys.stderr, flush=True)
+  if live:
+    print(file=sys.stderr)
+
+
+def _last_line(log, seen):
+  """The last line that a job wrote, or of a progress bar its last state."""
+  with log.open("rb") as file:
+    end = file.seek(0, 2)
+    file.seek(max(seen, end - 2000))
+    text = file.read().decode("utf-8", "replace")
+  lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
+  return next((line for line in reversed(lines) if line), "starting")
+
+
+def assemble(runs: pathlib.Path, out: pathlib.Path) -> None:
+  """Puts what the stages left together, as the package has it, in bfloat16.
+
+  Args:
+    runs: folder of the stages' folders.
+    out: a new folder; see inference/shipped.py.
+  """
+  from xomni_jax.checkpoints import released
+  from xomni_jax.inference import checkpoint, flux1, fresh
+  from xomni_jax.mesh import make_mesh
+
+  dtype, mesh = "bfloat16", make_mesh()
+  opened = flux1.open_flux1(runs / "decoder" / "flux1")
+  parts = {
+    name: released.load(part, mesh, "float32")
+    for name, part in flux1.parts_of(opened).items()
+  }
+  before = checkpoint.open_checkpoint(runs / "decoder" / "model")
+  with released.staged(out) as folder:
+    checkpoint.export(
+      runs / "grpo" / "model", folder / shipped.MODEL, dtype, "safetensors"
+    )
+    fresh.replace_flux1(
+      opened.folder, folder / shipped.FLUX1, parts, dtype=dtype
+    )
+    (folder / shipped.SFT).mkdir()
+    released.write_safetensors(
+      folder / shipped.SFT,
+      checkpoint.STEM,
+      released.read_tensors(before.parts["ar"], dtype),
+    )
