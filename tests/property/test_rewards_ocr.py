@@ -1,6 +1,7 @@
 """OCR as a reward: real engines where they are installed, recorded results."""
 
 import os
+import shutil
 import stat
 import sys
 
@@ -198,6 +199,32 @@ def test_tesseract_is_called_with_the_items_language(tmp_path, monkeypatch):
   assert {"-l eng", "-l xx", "-l chi_sim"} <= {
     " ".join(line.split()[2:4]) for line in calls.splitlines()
   }
+
+
+def test_tesseract_pages_are_told_apart():
+  head, first, *words = TESSERACT_TABLE.strip().split("\n")
+  second = [line.replace("\t1", "\t2", 1) for line in (first, *words)]
+  both = "\n".join([head, first, *second, ""])
+  pages = ocr_engines.tesseract_pages(both, 2)
+  found = [ocr_engines.tesseract_reading(page) for page in pages]
+  assert [reading.text for reading in found] == ["", "EAR\n71"]
+  with pytest.raises(ValueError, match="2 of 3"):
+    ocr_engines.tesseract_pages(both, 3)
+
+
+@pytest.mark.skipif(not shutil.which("tesseract"), reason="no tesseract")
+def test_tesseract_reads_an_image_alone_as_among_others():
+  engine = ocr.open_engine("tesseract")
+  items = [_sign(i)._replace(image=_noisy(i)) for i in range(6)]
+  together = engine.read(items)
+  alone = [engine.read([item])[0] for item in items]
+  assert together == alone
+  assert sum(reading.text != "" for reading in together) >= 3
+
+
+def _noisy(i):
+  noise = np.random.default_rng(i).normal(0, 20, (96, 96, 3))
+  return np.clip(_sign(i).image + noise, 0, 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize(
