@@ -73,7 +73,7 @@ def codes_as_images(monkeypatch):
 
 def train(config, workdir, monkeypatch, scorer):
   """Metrics of each step of a run in this process."""
-  monkeypatch.setattr(rewarding, "open_scorer", lambda cfg: scorer)
+  monkeypatch.setattr(rewarding, "open_scorer", lambda *args: scorer)
   cfg, arch = configure.parse(config, "test")
   stage = build.stage(cfg, arch, config, workdir)
   status = loop.train(cfg, stage, workdir, settings=config.to_dict())
@@ -255,7 +255,9 @@ def test_failures_before_a_kill_count_after_it(tmp_path, monkeypatch):
   monkeypatch.setattr(
     rewarding,
     "open_scorer",
-    lambda cfg: lambda items: [wire.failed(i.id, "http", "no") for i in items],
+    lambda *args: (
+      lambda items: [wire.failed(i.id, "http", "no") for i in items]
+    ),
   )
   cfg = configure.parse(settings(), "test")[0].options
   limit = dataclasses.replace(cfg.combine, window=4, max_failure_rate=0.9)

@@ -141,9 +141,18 @@ def test_loop_is_found_and_rhythm_of_a_target_allowed():
 
 
 def test_reward_modules_load_neither_jax_nor_torch():
-  modules = ["client", "combine", "ledger", "ocr", "open", "wire"]
+  modules = [
+    "client",
+    "combine",
+    "ledger",
+    "ocr",
+    "open",
+    "text_batches",
+    "wire",
+  ]
   lines = [f"import xomni_jax.rewards.{name}" for name in modules]
-  lines += ["import sys", "print({'jax', 'torch', 'cv2'} & set(sys.modules))"]
+  heavy = "{'jax', 'torch', 'cv2', 'tensorflow', 'tensorflow_text'}"
+  lines += ["import sys", f"print({heavy} & set(sys.modules))"]
   run = subprocess.run(
     [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True
   )

@@ -9,6 +9,7 @@ from xomni_jax.rewards.wire import Item, Score
 
 ENGINES = ("rapidocr", "tesseract", "paddleocr", "got")
 Scorer = Callable[[Sequence[Item]], list[Score]]
+Normalizer = Callable[[Sequence[str], Sequence[str]], list[str]]
 
 
 def open_engine(name: str, threads: int = 1, model: str = "") -> Engine:
@@ -36,7 +37,11 @@ def open_engine(name: str, threads: int = 1, model: str = "") -> Engine:
   return ocr_engines.open_got(model or ocr_engines.GOT_HUB)
 
 
-def make_scorer(engine: Engine, spaces: bool = True) -> Scorer:
+def make_scorer(
+  engine: Engine,
+  spaces: bool = True,
+  normalize_all: Normalizer = text_scores.normalize_all,
+) -> Scorer:
   """A scorer of how well images show their targets, see text_scores.
 
   Items without targets are "absent". If the engine fails on a list, its items
@@ -44,17 +49,24 @@ def make_scorer(engine: Engine, spaces: bool = True) -> Scorer:
 
   Args:
     spaces: whether white space counts.
+    normalize_all: all targets or readings of a call and their languages -> as
+      they are compared.
   """
 
   rev = f"{engine.rev},spaces={int(spaces)}"
 
   def score(items: Sequence[Item]) -> list[Score]:
-    wanted = [i for i, item in enumerate(items) if _has_target(item)]
+    langs = [item.lang for item in items]
+    targets = normalize_all([" ".join(i.targets) for i in items], langs)
+    wanted = [i for i, target in enumerate(targets) if target]
     found = _read(engine, [items[i] for i in wanted])
-    readings = dict(zip(wanted, found, strict=True))
-    return [
-      _score(item, readings.get(i), rev, spaces) for i, item in enumerate(items)
-    ]
+    texts = ["" if isinstance(r, Exception) else r.text for r in found]
+    texts = normalize_all(texts, [langs[i] for i in wanted])
+    scores = [wire.absent(item.id, rev) for item in items]
+    for i, reading, text in zip(wanted, found, texts, strict=True):
+      said = text_scores.forms_reward(text, targets[i], spaces)
+      scores[i] = _score(items[i].id, reading, said, rev)
+    return scores
 
   return score
 
@@ -103,10 +115,6 @@ def _combined(by_engine, how):
   return Score(scores[0].id, True, value, raw, None, rev)
 
 
-def _has_target(item):
-  return bool(text_scores.normalize(" ".join(item.targets), item.lang).strip())
-
-
 def _read(engine, items):
   """A Reading or the exception of each item."""
   if not items:
@@ -124,18 +132,15 @@ def _read(engine, items):
     return [_read(engine, [item])[0] for item in items]
 
 
-def _score(item, reading, rev, spaces):
-  if reading is None:
-    return wire.absent(item.id, rev)
+def _score(id, reading, said, rev):
   if isinstance(reading, Exception):
     message = f"{type(reading).__name__}: {reading}"
-    return wire.failed(item.id, "engine", message, rev)
-  found = text_scores.text_reward(reading.text, item.targets, item.lang, spaces)
+    return wire.failed(id, "engine", message, rev)
   raw = {
     "text": reading.text,
     "confidence": reading.confidence,
-    "recall": round(found.recall, 6),
-    "distance": found.distance,
-    "looped": found.looped,
+    "recall": round(said.recall, 6),
+    "distance": said.distance,
+    "looped": said.looped,
   }
-  return Score(item.id, True, found.score, raw, None, rev)
+  return Score(id, True, said.score, raw, None, rev)

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 # What OneIG-Bench and LongText-Bench keep of a text: common Chinese, ASCII
 # letters and digits, white space, and the accented letters of French.
-_DROPPED = re.compile(
-  r"[^\u4e00-\u9fa5a-zA-Z0-9\sàâäéèêëîïôöùûüçÀÂÄÉÈÊËÎÏÔÖÙÛÜÇ]"
-)
+KEPT = "\u4e00-\u9fa5a-zA-Z0-9àâäéèêëîïôöùûüçÀÂÄÉÈÊËÎÏÔÖÙÛÜÇ"
+_DROPPED = re.compile(rf"[^{KEPT}\s]")
 _SPACE = re.compile(r"\s+")
 # A text loops if something of at most _UNIT characters stands _REPEATS times
 # in a row, over most of it, and the text is this much longer than the target.
@@ -60,7 +59,14 @@ def text_reward(
   Returns:
     None if nothing of the targets is left to compare with.
   """
-  target, read = normalize(" ".join(targets), lang), normalize(read, lang)
+  wanted = normalize(" ".join(targets), lang)
+  return forms_reward(normalize(read, lang), wanted, spaces)
+
+
+def forms_reward(
+  read: str, target: str, spaces: bool = True
+) -> TextScore | None:
+  """`text_reward` of texts that are normalised already."""
   if not spaces:
     target, read = _SPACE.sub("", target), _SPACE.sub("", read)
   if not target:
@@ -90,6 +96,11 @@ def normalize(text: str, lang: str) -> str:
     for c in text
   )
   return _SPACE.sub(" ", kept).strip().casefold()
+
+
+def normalize_all(texts: Sequence[str], langs: Sequence[str]) -> list[str]:
+  """`normalize` of each text in its language."""
+  return [normalize(t, lang) for t, lang in zip(texts, langs, strict=True)]
 
 
 def longtext_form(text: str, lang: str) -> str:

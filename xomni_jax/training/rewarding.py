@@ -73,16 +73,18 @@ class Rewarder:
     cfg: CombineConfig,
     group_size: int,
     folder,
+    text_backend: str = "tokenizers",
   ):
     """Opens all rewards.
 
     Args:
       folder: of the ledgers.
+      text_backend: see `open_scorer`.
     Raises:
       InputError: a reward can't be opened.
     """
     self._rewards, self._cfg, self._group_size = rewards, cfg, group_size
-    self._scorers = {reward.name: open_scorer(reward) for reward in rewards}
+    self._scorers = {r.name: open_scorer(r, text_backend) for r in rewards}
     self._ledger = ledger.Ledger(folder, jax.process_index())
     # What was seen of failures and drifts, by step; all processes read it.
     self._watched = pathlib.Path(folder) / "watched.jsonl"

@@ -130,7 +130,11 @@ class _Run:
     self._prompts = prompts(cfg.data)
     self._held_out = cfg.eval_data and prompts(cfg.eval_data)
     self._rewarder = Rewarder(
-      opts.rewards, opts.combine, opts.group_size, workdir / "rewards"
+      opts.rewards,
+      opts.combine,
+      opts.group_size,
+      workdir / "rewards",
+      cfg.data.text_backend,
     )
     self._roller: Roller | None = None
     self._next: tuple[dict, Asked] | None = None  # rows, scores on their way
