@@ -103,6 +103,11 @@ def _parser():
     ),
     ("recipe", "recipe", "Train the tiny model that ships, from nothing."),
     ("demo", "demo", "Run every part on a tiny model and write an HTML page."),
+    (
+      "eval",
+      "evals.command",
+      "Measure models: best-of-n, guidance; report of several seeds.",
+    ),
     ("plan", "plan", "Compile for TPUs without one; print bytes per device."),
     (
       "bench",

@@ -1,0 +1,1 @@
+"""Measurements of models: what they draw, read back and compared."""

@@ -1,0 +1,135 @@
+"""The prompts of a measurement, and which models it is about."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from xomni_jax.data import world
+from xomni_jax.data.prompts import open_prompts
+from xomni_jax.errors import InputError
+from xomni_jax.inference import checkpoint
+
+_WORLD = "world:"
+# Of a weight file up to _WHOLE bytes all is hashed, of a larger one this many
+# pieces at equal distances: no two trainings agree in all of them.
+_WHOLE, _PIECES, _PIECE = 2**26, 64, 2**16
+
+
+class Asked(NamedTuple):
+  """A prompt of a measurement.
+
+  Attributes:
+    text: the prompt.
+    targets: texts that the image should show, line by line.
+    lang: of the targets.
+    size: (height, width) in px.
+    kind: of text, by which results are split; "": they are not.
+  """
+
+  text: str
+  targets: tuple[str, ...]
+  lang: str
+  size: tuple[int, int]
+  kind: str
+
+
+def open_asked(source: str, count: int) -> list[Asked]:
+  """The first `count` prompts of a source.
+
+  Args:
+    source: see `data.prompts.open_prompts`.
+  Raises:
+    InputError: there are not so many, or one has no targets or no size.
+  """
+  prompts, drawn = open_prompts(source), _world(source)
+  if count < 1 or count > len(prompts):
+    raise InputError(
+      f"count is {count}, expected 1 to the {len(prompts)} prompts of {source}"
+    )
+  found, problems = [], []
+  for i in range(count):
+    prompt, kind, size = prompts[i], "", prompts[i].size
+    if drawn:
+      kind, size = world.kind(drawn.sign(i)), drawn.size(i)[::-1]
+    if not prompt.targets or size is None:
+      problems.append(prompt.key)
+      continue
+    found.append(Asked(prompt.text, prompt.targets, prompt.lang, size, kind))
+  if problems:
+    raise InputError(
+      f"{source}: {len(problems)} prompts lack targets or a size in px "
+      f"({', '.join(problems[:5])}); add both to each line"
+    )
+  return found
+
+
+def true_images(source: str, indices: Sequence[int]) -> list[Image.Image]:
+  """What prompts of the drawn world ask for, as it is drawn."""
+  drawn = _world(source)
+  return [drawn[i]["image"] for i in indices]
+
+
+def has_images(source: str) -> bool:
+  """Whether `true_images` knows the source."""
+  return source.startswith(_WORLD)
+
+
+def _world(source):
+  if not has_images(source):
+    return None
+  level, _, split = source.removeprefix(_WORLD).partition(":")
+  return world.open_world(level, split or "train")
+
+
+def as_json(asked: Asked) -> dict[str, Any]:
+  """The prompt as a line of a file; `from_json` is its inverse."""
+  return asked._asdict()
+
+
+def from_json(raw: Mapping[str, Any]) -> Asked:
+  """See `as_json`."""
+  return Asked(
+    **{**raw, "targets": (*raw["targets"],), "size": (*raw["size"],)}
+  )
+
+
+def prompts_hash(asked: Sequence[Asked]) -> str:
+  """16 hex digits of all that is asked."""
+  lines = json.dumps([as_json(a) for a in asked])
+  return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def weights_hash(model: str, flux: str | None) -> str:
+  """16 hex digits of a model's weights, those of its decoder included.
+
+  Args:
+    model: as for `xomni_jax.load`.
+    flux: likewise; None: the model brings its own.
+  Raises:
+    InputError: the files do not make a model.
+  """
+  opened = checkpoint.open_checkpoint(model)
+  decoder = checkpoint.open_decoder(opened, flux or model)
+  parts = {**opened.parts, **decoder.parts}
+  found = hashlib.sha256()
+  for name, part in sorted(parts.items()):
+    for file in part.files:
+      found.update(f"{name}/{file.path.name}:".encode())
+      found.update(_file_hash(file.path))
+  return found.hexdigest()[:16]
+
+
+def _file_hash(path: pathlib.Path) -> bytes:
+  size = path.stat().st_size
+  with path.open("rb") as file:
+    if size <= _WHOLE:
+      return hashlib.file_digest(file, "sha256").digest()
+    found = hashlib.sha256(str(size).encode())
+    for i in range(_PIECES):
+      file.seek((size - _PIECE) * i // (_PIECES - 1))
+      found.update(file.read(_PIECE))
+  return found.digest()

@@ -1,0 +1,157 @@
+"""Guidance, temperature and min-p before and after reinforcement learning.
+
+All settings are drawn for validation prompts. The one with the most exact
+images there is drawn for test prompts, and so is temperature 1 without
+guidance and filters: its gain over that is a paired difference, free of the
+luck of the choice. Each engine makes its own choice.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xomni_jax.evals import stats
+from xomni_jax.evals.asked import Asked
+from xomni_jax.evals.measure import Setting
+from xomni_jax.evals.reading import Readings
+from xomni_jax.evals.rows import METRICS, Key, score_table
+from xomni_jax.inference.sampling import Sampling
+
+NAME = "cfg"
+VALIDATION, TEST = "validation", "test"
+SCALES, TEMPERATURES, MIN_PS = (1.0, 1.5, 3.0), (1.0, 0.7), (0.0, 0.03)
+BASE = "CFG 1, T 1"
+
+
+def grid() -> dict[str, Sampling]:
+  """{name: setting}, the plainest first.
+
+  Greedy drawing has no min-p: what it keeps always has the likeliest code.
+  """
+  found = {}
+  for scale in SCALES:
+    for temperature, min_p in itertools.product(TEMPERATURES, MIN_PS):
+      name = f"CFG {scale:g}, T {temperature:g}"
+      name += f", min-p {min_p:g}" if min_p else ""
+      found[name] = Sampling(temperature, min_p=min_p, cfg_scale=scale)
+    found[f"CFG {scale:g}, greedy"] = Sampling(greedy=True, cfg_scale=scale)
+  return found
+
+
+def validation_settings(identity: Mapping[str, Any]) -> list[Setting]:
+  """All settings of all models, for validation prompts."""
+  return [
+    _setting(VALIDATION, model, name, identity["validation"], 1)
+    for model in identity["models"]
+    for name in grid()
+  ]
+
+
+def test_settings(
+  identity: Mapping[str, Any], chosen: Mapping[str, Mapping[str, str]]
+) -> list[Setting]:
+  """What is drawn for test prompts: the plain setting and the chosen ones.
+
+  Args:
+    chosen: {model: {engine: setting}}.
+  """
+  return [
+    _setting(TEST, model, name, identity["source"], identity["samples"])
+    for model, of in chosen.items()
+    for name in grid()
+    if name == BASE or name in of.values()
+  ]
+
+
+def _setting(split, model, name, source, samples):
+  how = grid()[name]
+  samples = 1 if how.greedy else samples
+  return Setting(f"{split} {model} {name}", model, source, samples, how)
+
+
+def validation_scores(
+  identity: Mapping[str, Any],
+  rows: Mapping[Key, Readings],
+  asked: Sequence[Asked],
+) -> dict[str, dict]:
+  """{model: {engine: {metric: {setting: {kind: Estimate}}}}}.
+
+  Raises:
+    InputError: rows are missing.
+  """
+  return {
+    model: {
+      engine: {
+        metric: stats.by_kind(lines[metric], [a.kind for a in asked])
+        for metric in METRICS
+      }
+      for engine in identity["engines"]
+      for lines in [
+        _lines(rows, VALIDATION, model, [*grid()], identity, asked, engine)
+      ]
+    }
+    for model in identity["models"]
+  }
+
+
+def _lines(rows, split, model, names, identity, asked, engine):
+  """{metric: {setting: f64[prompts]}}."""
+  found: dict[str, dict] = {metric: {} for metric in METRICS}
+  samples = 1 if split == VALIDATION else identity["samples"]
+  for name in names:
+    setting = _setting(split, model, name, "", samples)
+    table = score_table(rows, setting.name, setting.samples, asked, engine)
+    for metric in METRICS:
+      found[metric][name] = stats.mean_of(table[metric])
+  return found
+
+
+def choose(scores: Mapping[str, dict]) -> dict[str, dict[str, str]]:
+  """{model: {engine: the best setting}}; of equal ones the plainest."""
+  best = lambda lines: max(lines, key=lambda k: lines[k]["all"].mean or 0.0)
+  return {
+    model: {engine: best(of["exact"]) for engine, of in engines.items()}
+    for model, engines in scores.items()
+  }
+
+
+def summary(
+  identity: Mapping[str, Any],
+  rows: Mapping[Key, Readings],
+  validation: Sequence[Asked],
+  test: Sequence[Asked],
+) -> dict[str, Any]:
+  """All figures of a measurement, as JSON.
+
+  Returns:
+    identity: the argument.
+    validation: see `validation_scores`, of all prompts together.
+    chosen: {model: {engine: setting}}.
+    test: {model: {engine: {metric: {setting: {kind: Estimate}}}}} of the plain
+      and the chosen setting.
+    gain: {model: {engine: {metric: {kind: Estimate}}}}, the chosen setting
+      minus the plain one; the interval's `high` is its upper bound.
+  Raises:
+    InputError: rows are missing.
+  """
+  scores = validation_scores(identity, rows, validation)
+  chosen = choose(scores)
+  kinds = [a.kind for a in test]
+  found: dict[str, Any] = {"test": {}, "gain": {}}
+  for model, of in chosen.items():
+    for engine, best in of.items():
+      names = list(dict.fromkeys([BASE, best]))
+      lines = _lines(rows, TEST, model, names, identity, test, engine)
+      for metric in METRICS:
+        line = lines[metric]
+        made = stats.by_kind(line, kinds)
+        gain = stats.by_kind({best: line[best] - line[BASE]}, kinds)[best]
+        for what, value in (("test", made), ("gain", gain)):
+          place = found[what].setdefault(model, {}).setdefault(engine, {})
+          place[metric] = value
+  return {
+    "identity": dict(identity),
+    "validation": scores,
+    "chosen": chosen,
+    **found,
+  }

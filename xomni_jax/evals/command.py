@@ -1,0 +1,319 @@
+"""`xomni eval`: measurements of models, each a command that can be resumed.
+
+`best-of-n` and `cfg` keep a row for every image in OUT as it is made, and at
+the end write their figures as JSON; started again, they go on where they were.
+`score` makes the figures anew from the rows and draws nothing; `report` puts
+the figures of several training seeds side by side.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from xomni_jax.errors import InputError
+from xomni_jax.evals import (
+  asked,
+  best_of_n,
+  cfg,
+  drawing,
+  measure,
+  reading,
+  report,
+  rows,
+)
+from xomni_jax.inference import loading
+
+_MODELS = (best_of_n.SFT, best_of_n.RL, best_of_n.CONTROL)
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message):
+    raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: list[str]) -> int:
+  """Runs one measurement; returns the exit status.
+
+  Raises:
+    InputError: bad arguments, or files that do not fit them.
+    RunError: an engine fails too often.
+  """
+  args = _parse(argv)
+  args.run(args)
+  return 0
+
+
+def _parse(argv):
+  parser = _Parser(prog="xomni eval", description=__doc__.split("\n")[0])
+  verbs = parser.add_subparsers(
+    required=True, metavar="WHAT", parser_class=_Parser
+  )
+
+  def verb(name, run, text):
+    sub = verbs.add_parser(
+      name,
+      help=text,
+      description=text,
+      formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    sub.set_defaults(run=run)
+    return sub
+
+  sub = verb("best-of-n", _best_of_n, "SFT's best of N against RL at N = 1.")
+  _measure_flags(sub)
+  sub.add_argument("--control", help="SFT model of the same compute as RL")
+  sub.add_argument(
+    "--n", type=_numbers, default="1,2,4,8,16", help="images to choose from"
+  )
+  sub = verb("cfg", _cfg, "Guidance and filters before and after RL.")
+  _measure_flags(sub)
+  sub.add_argument(
+    "--validation",
+    default="world:signs:validation",
+    metavar="SOURCE",
+    help="prompts that the best setting is chosen on",
+  )
+  sub.add_argument(
+    "--validation-count", type=int, default=500, help="of these prompts"
+  )
+  sub = verb("score", _score, "Make the figures of a folder from its rows.")
+  sub.add_argument("out", help="folder of measurements")
+  sub = verb("report", _report, "Tables and plots of several training seeds.")
+  sub.add_argument(
+    "folders", nargs="+", metavar="RUN", help="folders, one a training seed"
+  )
+  sub.add_argument("--out", required=True, help="folder of the report")
+  return parser.parse_args(argv)
+
+
+def _measure_flags(parser):
+  add = parser.add_argument
+  add("--sft", required=True, help="X-Omni folder or hub id, fine-tuned")
+  add("--rl", required=True, help="the same, after reinforcement learning")
+  add("--flux", help="FLUX.1-dev folder or hub id of all models")
+  add(
+    "--source",
+    default="world:signs:test",
+    help="prompts: world:LEVEL:SPLIT, or JSONL with targets and sizes",
+  )
+  add("--count", type=int, default=2000, help="prompts")
+  add("--samples", type=int, default=1, help="images a prompt, where not N")
+  add("--seed", type=int, default=0, help="of codes and noise")
+  add("--steps", type=int, default=8, help="of denoising")
+  add("--batch", type=int, default=64, help="images drawn at once")
+  add("--out", required=True, metavar="DIR", help="rows, sheets and figures")
+  add(
+    "--readers",
+    type=int,
+    default=os.cpu_count(),
+    help="processes that read images",
+  )
+
+
+def _numbers(text):
+  try:
+    return [int(part) for part in text.split(",")]
+  except ValueError:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is no list of numbers such as 1,2,4"
+    ) from None
+
+
+def _best_of_n(args):
+  best_of_n.check_numbers(args.n)
+  with _Bench(args, best_of_n.NAME) as bench:
+    prompts = bench.ask("test", args.source, args.count)
+    bench.open({"n": args.n})
+    bench.measure(best_of_n.settings(bench.identity), prompts)
+    bench.write(best_of_n.summary(bench.identity, bench.rows.found, prompts))
+
+
+def _cfg(args):
+  with _Bench(args, cfg.NAME) as bench:
+    first = bench.ask(cfg.VALIDATION, args.validation, args.validation_count)
+    second = bench.ask(cfg.TEST, args.source, args.count)
+    bench.open({"validation": args.validation})
+    identity, found = bench.identity, bench.rows.found
+    bench.measure(cfg.validation_settings(identity), first)
+    chosen = cfg.choose(cfg.validation_scores(identity, found, first))
+    bench.measure(cfg.test_settings(identity, chosen), second)
+    bench.write(cfg.summary(identity, found, first, second))
+
+
+class _Bench(contextlib.ExitStack):
+  """What a measurement needs; models and engines are opened when needed.
+
+  Attributes:
+    identity: what is measured.
+    rows: the file of rows.
+  """
+
+  def __init__(self, args, name):
+    super().__init__()
+    for flag in ("samples", "steps", "batch", "readers"):
+      if getattr(args, flag) < 1:
+        raise InputError(
+          f"--{flag} is {getattr(args, flag)}, expected 1 or more"
+        )
+    if not 0 <= args.seed < 2**32:
+      raise InputError(f"--seed is {args.seed}, expected 0 to 2^32 - 1")
+    self._args, self._name = args, name
+    self._out = pathlib.Path(args.out)
+    self._prompts: dict[str, list[asked.Asked]] = {}
+    self._drawers: dict[str, Any] = {}
+    self._seconds: dict[str, float] = {}
+    self._images = 0
+
+  def ask(self, split: str, source: str, count: int) -> list[asked.Asked]:
+    """Prompts, which become part of the identity."""
+    self._prompts[split] = asked.open_asked(source, count)
+    return self._prompts[split]
+
+  def open(self, more: Mapping[str, Any]) -> None:
+    """Opens the rows, for what the arguments name."""
+    args = self._args
+    models = {m: getattr(args, m, None) for m in _MODELS}
+    models = {m: path for m, path in models.items() if path}
+    hashes = {m: asked.weights_hash(p, args.flux) for m, p in models.items()}
+    self._readers = reading.Readers(args.readers)
+    self.callback(self._readers.close)
+    self.identity = {
+      "measures": self._name,
+      "folders": {**models, "flux": args.flux},
+      "models": hashes,
+      "source": args.source,
+      "prompts": {
+        split: [len(some), asked.prompts_hash(some)]
+        for split, some in self._prompts.items()
+      },
+      "seed": args.seed,
+      "steps": args.steps,
+      "samples": args.samples,
+      "batch": args.batch,
+      "engines": self._readers.engines,
+      **more,
+    }
+    self.rows = rows.Rows(_rows_path(self._out, self._name), self.identity)
+    self.callback(self.rows.close)
+    for split, some in self._prompts.items():
+      rows.write_prompts(_prompts_path(self._out, self._name, split), some)
+
+  def measure(self, settings, prompts) -> None:
+    """Makes the rows that are missing."""
+    before = len(self.rows.found)
+    measure.run(
+      settings,
+      prompts,
+      self.rows,
+      lambda: self._readers,
+      self._drawer,
+      images=self._args.batch,
+      folder=self._out / "sheets" / self._name,
+    )
+    self._images += len(self.rows.found) - before
+
+  def _drawer(self, name: str):
+    """The drawer of a model; one is in memory at a time."""
+    if name not in self._drawers:
+      self._spent()
+      self._drawers.clear()
+      args = self._args
+      model = loading.load(getattr(args, name), args.flux)
+      self._drawers[name] = drawing.Drawer(model, args.seed, args.steps)
+    return self._drawers[name]
+
+  def _spent(self):
+    for drawer in self._drawers.values():
+      for what, seconds in drawer.seconds.items():
+        self._seconds[what] = self._seconds.get(what, 0.0) + seconds
+        drawer.seconds[what] = 0.0
+
+  def write(self, figures: Mapping[str, Any]) -> None:
+    """Writes the figures, and says where."""
+    path = _figures_path(self._out, self._name)
+    _write_json(path, figures)
+    self._spent()
+    spent = {**self._seconds, **self._readers.seconds}
+    if self._images:
+      parts = ", ".join(f"{k} {s:.0f} s" for k, s in spent.items() if s)
+      print(f"{self._images} images: {parts}", file=sys.stderr)
+    print(f"{path}: {len(self.rows.found)} images")
+
+
+def _score(args):
+  out, done = pathlib.Path(args.out), []
+  for name in (best_of_n.NAME, cfg.NAME):
+    path = _rows_path(out, name)
+    if not path.exists():
+      continue
+    identity, found = rows.read_rows(path)
+    prompts = {
+      split: rows.read_prompts(_prompts_path(out, name, split))
+      for split in identity["prompts"]
+    }
+    if name == best_of_n.NAME:
+      figures = best_of_n.summary(identity, found, prompts["test"])
+    else:
+      figures = cfg.summary(
+        identity, found, prompts[cfg.VALIDATION], prompts[cfg.TEST]
+      )
+    _write_json(_figures_path(out, name), figures)
+    done.append(str(_figures_path(out, name)))
+  if not done:
+    raise InputError(
+      f"{out} has no rows, expected a folder that `xomni eval best-of-n` or "
+      "`xomni eval cfg` wrote"
+    )
+  print(f"{', '.join(done)}: scored anew")
+
+
+def _report(args):
+  found = {}
+  for name in (best_of_n.NAME, cfg.NAME):
+    paths = [_figures_path(pathlib.Path(f), name) for f in args.folders]
+    there = [path for path in paths if path.exists()]
+    if there:
+      found[name] = {path.parent.name: _read_json(path) for path in there}
+  for path in report.write(pathlib.Path(args.out), found):
+    print(path)
+
+
+def _rows_path(out, name):
+  return out / f"{name}.rows.jsonl"
+
+
+def _prompts_path(out, name, split):
+  return out / f"{name}.{split}.prompts.jsonl"
+
+
+def _figures_path(out, name):
+  return out / f"{name}.json"
+
+
+def _write_json(path, figures):
+  text = json.dumps(figures, indent=1, ensure_ascii=False)
+  # An estimate is a line: mean, low, high, prompts.
+  short = re.compile(r"\[\s+([^\[\]{}\"]*?)\s+\]")
+  text = short.sub(lambda m: f"[{' '.join(m[1].split())}]", text)
+  temporary = path.with_suffix(".tmp")
+  try:
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+  except OSError as e:
+    raise InputError(f"{path} can't be written ({e.strerror})") from None
+
+
+def _read_json(path):
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as e:
+    raise InputError(
+      f"{path} can't be read ({' '.join(str(e).split())[:120]}), expected the "
+      "figures of a measurement; make them anew with `xomni eval score`"
+    ) from None

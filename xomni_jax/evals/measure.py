@@ -1,0 +1,223 @@
+"""The loop of a measurement: draw, paint, read, keep.
+
+Work goes in batches, cut the same way in every run, so that a batch that a
+kill interrupted is made again just as it was. Engines read a batch while the
+next one is drawn.
+"""
+
+import collections
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from xomni_jax.errors import RunError
+from xomni_jax.evals import asked as asked_lib
+from xomni_jax.evals import sheets
+from xomni_jax.evals.asked import Asked
+from xomni_jax.evals.drawing import Drawer
+from xomni_jax.evals.reading import Readers, Readings
+from xomni_jax.evals.rows import Key, Rows
+from xomni_jax.inference.sampling import Sampling
+from xomni_jax.rewards.wire import Item
+
+SHOWN = 32  # prompts of a setting on its sheet
+_AHEAD = 2  # batches that wait for engines
+_MAX_FAILED, _WATCHED = 0.01, 200  # rate of failures, once there are so many
+
+
+class Setting(NamedTuple):
+  """What is drawn.
+
+  Attributes:
+    name: unique in a file of rows.
+    model: by which `Drawer` is asked for; "": none, the true drawings.
+    source: of the prompts, for the true drawings.
+    samples: images a prompt.
+    how: codes are drawn; None: they are those of the true drawings.
+  """
+
+  name: str
+  model: str
+  source: str
+  samples: int = 1
+  how: Sampling | None = None
+
+
+class Batch(NamedTuple):
+  """Prompts of one size, by number, that are drawn at once."""
+
+  setting: Setting
+  numbers: Sequence[int]
+
+
+def batches(
+  setting: Setting, asked: Sequence[Asked], images: int
+) -> list[Batch]:
+  """All batches of a setting, of about so many images."""
+  each = max(1, images // setting.samples)
+  by_size = collections.defaultdict(list)
+  for number, one in enumerate(asked):
+    by_size[one.size].append(number)
+  return [
+    Batch(setting, numbers[i : i + each])
+    for numbers in by_size.values()
+    for i in range(0, len(numbers), each)
+  ]
+
+
+def sheet_path(folder: pathlib.Path, setting: Setting) -> pathlib.Path:
+  """Where the sheet of a setting lies."""
+  return folder / (re.sub(r"[^a-z0-9.]+", "-", setting.name.lower()) + ".png")
+
+
+def run(
+  settings: Sequence[Setting],
+  asked: Sequence[Asked],
+  rows: Rows,
+  readers: Callable[[], Readers],
+  drawer: Callable[[str], Drawer],
+  *,
+  images: int,
+  folder: pathlib.Path,
+) -> None:
+  """Makes all rows of settings that are not there yet, and their sheets.
+
+  Args:
+    settings: those of one model adjacent.
+    asked: the prompts.
+    rows: where they are kept.
+    readers, drawer: called when first needed; `drawer` by a model's name, and
+      only the last one is used.
+    images: of a batch.
+    folder: of the sheets.
+  Raises:
+    RunError: an engine fails too often.
+  """
+  whole = [b for s in settings for b in batches(s, asked, images)]
+  count = lambda b: len(b.numbers) * b.setting.samples
+  work = [b for b in whole if _is_missing(b, rows, folder)]
+  if not work:
+    return
+  total = sum(map(count, whole))
+  bar = tqdm(
+    total=total,
+    initial=total - sum(map(count, work)),
+    unit="image",
+    file=sys.stderr,
+    smoothing=0.05,
+    # A log gets a line now and then, a terminal what moves.
+    mininterval=0.5 if sys.stderr.isatty() else 30,
+  )
+  with bar:
+    waiting: collections.deque = collections.deque()
+    keep = _Keeper(asked, rows, folder, bar)
+    full = {s.name: max(1, images // s.samples) for s in settings}
+    for batch in work:
+      bar.set_description(batch.setting.name)
+      made = _draw(batch, asked, drawer, full[batch.setting.name])
+      waiting.append((batch, made, readers().ask(_items(batch, made, asked))))
+      if len(waiting) > _AHEAD:
+        done, made, futures = waiting.popleft()
+        keep(done, made, readers().hear(futures))
+    for done, made, futures in waiting:
+      keep(done, made, readers().hear(futures))
+
+
+def _is_missing(batch, rows, folder):
+  setting, numbers = batch
+  shown = any(n < SHOWN for n in numbers)
+  if shown and not sheet_path(folder, setting).exists():
+    return True
+  return any(
+    Key(setting.name, n, s) not in rows.found
+    for n in numbers
+    for s in range(setting.samples)
+  )
+
+
+def _draw(batch, asked, drawer, full) -> np.ndarray:
+  """u8[prompts * samples, H, W, 3] of a batch."""
+  setting, numbers = batch
+  if not setting.model:
+    pictures = asked_lib.true_images(setting.source, numbers)
+    return np.stack([np.asarray(p.convert("RGB")) for p in pictures])
+  # Filled up with its last prompt: one program for all batches.
+  filled = [*numbers, *(numbers[-1],) * (full - len(numbers))]
+  some = [asked[n] for n in filled]
+  if setting.how is None:
+    pictures = asked_lib.true_images(setting.source, filled)
+    made = drawer(setting.model).repaint(pictures, some, filled)
+  else:
+    made = drawer(setting.model).draw(
+      some, filled, setting.samples, setting.how
+    )
+  return made[: len(numbers) * setting.samples]
+
+
+def _items(batch, made, asked):
+  each = batch.setting.samples
+  numbers = [n for n in batch.numbers for _ in range(each)]
+  return [
+    Item(str(i), image, asked[n].text, asked[n].targets, asked[n].lang)
+    for i, (n, image) in enumerate(zip(numbers, made, strict=True))
+  ]
+
+
+class _Keeper:
+  """Keeps what was read, and shows the first of it."""
+
+  def __init__(self, asked, rows, folder, bar):
+    self._asked, self._rows, self._folder = asked, rows, folder
+    self._bar = bar
+    self._cells: dict[str, dict[int, sheets.Cell]] = {}
+    self._seen: collections.Counter = collections.Counter()
+
+  def __call__(
+    self, batch: Batch, made: np.ndarray, readings: Sequence[Readings]
+  ) -> None:
+    setting, numbers = batch
+    each = setting.samples
+    keys = [Key(setting.name, n, s) for n in numbers for s in range(each)]
+    self._watch(readings)
+    self._rows.add(zip(keys, readings, strict=True))
+    self._show(setting, zip(keys, made, readings, strict=True))
+    self._bar.update(len(keys))
+
+  def _watch(self, readings: Sequence[Readings]) -> None:
+    for name in readings[0]:
+      failed = [r[name]["error"] for r in readings if "error" in r[name]]
+      self._seen[name] += len(readings)
+      self._seen[name, "failed"] += len(failed)
+      rate = self._seen[name, "failed"] / self._seen[name]
+      if self._seen[name] >= _WATCHED and rate > _MAX_FAILED:
+        raise RunError(
+          f"{name} fails on {rate:.1%} of the images, expected at most "
+          f"{_MAX_FAILED:.0%}; the last: {(failed or ['-'])[-1]}"
+        )
+
+  def _show(self, setting, found) -> None:
+    path = sheet_path(self._folder, setting)
+    if path.exists():
+      return
+    cells = self._cells.setdefault(setting.name, {})
+    for key, image, readings in found:
+      if key.prompt < SHOWN and key.sample == 0:
+        lines = [" / ".join(self._asked[key.prompt].targets)]
+        lines += [_said(name, r) for name, r in readings.items()]
+        cells[key.prompt] = sheets.Cell(image.copy(), lines)
+    if len(cells) == min(SHOWN, len(self._asked)):
+      page = sheets.sheet([cells[n] for n in sorted(cells)])
+      sheets.save(path, page)
+      del self._cells[setting.name]
+
+
+def _said(name: str, reading: Mapping) -> str:
+  if "text" not in reading:
+    return f"{name}: failed"
+  text = " / ".join(reading["text"].split("\n"))
+  return f"{name[0]} {reading['score']:.2f} {text}"
