@@ -9,8 +9,10 @@ import pytest
 
 from xomni_jax import bench
 from xomni_jax.bench import grpo, measure, training
+from xomni_jax.data import text_ops
 from xomni_jax.errors import InputError
 from xomni_jax.training import configure
+from xomni_jax.training.stages import grpo as grpo_stage
 
 
 @pytest.fixture(autouse=True)
@@ -120,8 +122,20 @@ def test_grpo_benchmark_gives_seconds_of_every_part(monkeypatch, capsys):
       *("options.paint_steps=1", "options.sizes=((32, 32),)"),
     ],
   )
-  monkeypatch.setattr(configure, "read", lambda *_: config)
+  read = configure.read
+  monkeypatch.setattr(
+    configure, "read", lambda s: config if "grpo" in s else read(s)
+  )
+  lengths = []
+
+  def t5_ids(folder, length, backend):
+    lengths.append(length)
+    return text_ops.T5Ids(folder, length, backend)
+
+  monkeypatch.setattr(grpo_stage, "T5Ids", t5_ids)
   assert bench.main(["--grpo", "--repeats", "1"]) == 0
+  decoder = read(f"{bench._ROOT / 'configs' / 'decoder.py'}:tiny")
+  assert lengths == [decoder.options.text_len] * 2  # as people paint
   out = capsys.readouterr().out
   assert "4 images a step; overlap hides" in out
   for part in (*grpo.PARTS, grpo.UPDATE, grpo.STEP):

@@ -182,9 +182,11 @@ def _grpo(args) -> dict[str, Any]:
   jax.config.update("jax_platforms", "cpu")
   if busy := measure.busy():
     print(busy, flush=True)
-  report = grpo.compare(
-    configure.read(f"{_ROOT / 'configs' / 'grpo.py'}:tiny"), args.repeats
+  config, decoder = (
+    configure.read(f"{_ROOT / 'configs' / name}.py:tiny")
+    for name in ("grpo", "decoder")
   )
+  report = grpo.compare(config, args.repeats, decoder.options.text_len)
   print(grpo.table(report))
   about = {"size": "tiny", "device": measure.processor(), "busy": busy}
   return about | {"versions": measure.versions()} | report
