@@ -61,7 +61,14 @@ setup(
     "tpu": ["jax[tpu]>=0.10.2", "diffusers>=0.42", *TRAIN, *TEXT],
     "gpu": ["jax[cuda13]>=0.10.2", *TORCH, *TRAIN],
     # Of a reward server; what its model needs, launch/sidecar.sh adds.
-    "sidecar": ["fastapi>=0.115", "ray[serve]>=2.60", "uvicorn>=0.30", *TORCH],
+    "sidecar": [
+      "fastapi>=0.115",
+      "ml_collections>=1.1",  # configs/sidecar.py
+      "ray[serve]>=2.60",
+      "requests>=2.32",  # asks judges
+      "uvicorn>=0.30",
+      *TORCH,
+    ],
     "eval": ["lmms-eval>=0.7.3"],
     "dev": [
       "diffusers>=0.42",
@@ -70,6 +77,7 @@ setup(
       "libtpu>=0.0.52; platform_machine == 'x86_64'",
       "pytest>=8.3",
       "pytest-xdist>=3.6",
+      "requests>=2.32",
       "ruff>=0.12",
       "uvicorn>=0.30",
       *TORCH,
