@@ -254,10 +254,11 @@ def test_vocabularies_without_room_are_refused(build, words, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
-def test_world_lines_join_no_characters_of_signs():
-  lines = list(world_lines(50))
+@pytest.mark.parametrize("level", ["signs", "posters"])
+def test_world_lines_join_no_characters_of_images(level):
+  lines = list(world_lines(50, level))
   assert not [x for x in lines if re.search(r"[A-Z0-9]{2,}", x)]
   assert not [x for x in lines if re.search(r"[A-Z0-9] [A-Z0-9]", x)]
-  source = open_world("signs")
-  said = {c for i in range(50) for c in source.sign(i).text if c != " "}
-  assert said <= set(lines)
+  source = open_world(level)
+  shown = "".join(line for i in range(50) for line in source.sign(i).lines)
+  assert set(shown) - {" "} <= set(lines)

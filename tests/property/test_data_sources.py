@@ -252,8 +252,9 @@ def test_folder_gives_images_with_captions_beside_them(tmp_path):
   refused("b.png can't be read", got.size, 0)
 
 
-def test_world_is_a_source(tmp_path):
-  got = source("world:signs")
+@pytest.mark.parametrize("name", ["signs", "posters", "posters:held-out"])
+def test_world_is_a_source(name):
+  got = source(f"world:{name}")
   assert got.size(3) == records.image_of(got[3]).size
   assert {"key", "text", "prompt", "qa"} <= got[3].keys()
 

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 
-from xomni_jax.data import world
+from xomni_jax.data import world, world_signs
 from xomni_jax.data.world import COLOURS, open_world
 from xomni_jax.errors import InputError
 
@@ -62,7 +62,7 @@ def test_words_are_upper_case_unique_and_fit_a_line():
   assert len(words) == len(set(words)) >= 600
   for word in words:
     assert word.isascii() and word.isalpha() and word.isupper()
-    assert 2 <= len(word) <= world.CELLS
+    assert 2 <= len(word) <= world_signs.CELLS
 
 
 def test_texts_fit_the_cells(records):
@@ -214,7 +214,7 @@ def test_indices_outside_the_world_raise(i):
 
 
 def test_unknown_levels_and_splits_are_refused():
-  with pytest.raises(InputError, match=r"no level 'posters'.*signs"):
-    open_world("posters")
+  with pytest.raises(InputError, match=r"no level 'maps'.*signs, posters"):
+    open_world("maps")
   with pytest.raises(InputError, match=r"no split 'valid'.*validation"):
     open_world("signs", "valid")

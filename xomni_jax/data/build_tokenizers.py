@@ -5,6 +5,7 @@ Files are those of the released one. The same lines give the same bytes.
 
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 
@@ -20,6 +21,8 @@ _QWEN_WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# In an answer that repeats what an image says.
+_SAID = re.compile("[A-Z]|[0-9]{2}|[0-9] ")
 _SYSTEM = "You are a helpful assistant."
 _CHAT_TEMPLATE = (
   "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n"
@@ -31,26 +34,25 @@ _CHAT_TEMPLATE = (
 )
 
 
-def world_lines(count: int) -> Iterator[str]:
-  """Text of the drawn world's first `count` training signs, for tokenizers.
+def world_lines(count: int, level: str = "signs") -> Iterator[str]:
+  """Text of the drawn world's first `count` training records, for tokenizers.
 
-  What a sign says is taken out of them, its characters come on lines of their
+  What an image says is taken out of them, its characters come on lines of their
   own: so none of them is ever joined to another, nor to a space, and each is
   one token wherever it stands. A small model learns to read in minutes then,
   and not at all where it has to find out which letters are in which token.
   """
-  source = open_world("signs")
+  source = open_world(level)
   for i in range(count):
     record = source[i]
-    said = source.sign(i).text
     for line in (record["prompt"], record["text"]):
       # A digit, for digits stand alone as well.
-      yield line.replace(said, "0")
+      yield re.sub('"[^"]+"', '"0"', line)
     for question, answer in record["qa"]:
       yield question
-      if not answer.isupper():
+      if not _SAID.search(answer):
         yield answer
-    yield from said.replace(" ", "")
+    yield from "".join(source.sign(i).lines).replace(" ", "")
     # What every chat has.
     yield from ("system", _SYSTEM, "user", "assistant")
 

@@ -36,7 +36,8 @@ def open_prompts(path: str) -> Sequence[Prompt]:
   """Prompts by number.
 
   Args:
-    path: "world:LEVEL[:SPLIT]", the drawn world; or a JSONL file of
+    path: "world:LEVEL[:SPLIT]", the drawn world (signs have the run's size,
+      posters their own); or a JSONL file of
       {"prompt": "...", "targets": ["..."], "lang": "en", "size": [h, w],
       "key": "..."}, of which only the prompt is needed. Targets are named,
       never guessed from the prompt.
@@ -87,17 +88,24 @@ def _prompt(raw: Any, where: str) -> Prompt:
 
 
 class _WorldPrompts:
-  """Of the drawn world; one of its own wordings asks for each sign."""
+  """Of the drawn world; one of its own wordings asks for each image."""
 
   def __init__(self, level: str, split: str = "train"):
     self._world = world.open_world(level, split)
+    # Signs are also drawn at other sizes, by models too small for their own.
+    self._sized = level != "signs"
 
   def __len__(self) -> int:
     return len(self._world)
 
   def __getitem__(self, i: int) -> Prompt:
-    sign = self._world.sign(i)
-    return Prompt(self._world.name(i), self._world.prompt(i), sign.words)
+    width, height = self._world.size(i)
+    return Prompt(
+      self._world.name(i),
+      self._world.prompt(i),
+      self._world.sign(i).lines,
+      size=(height, width) if self._sized else None,
+    )
 
 
 class Prompts:
