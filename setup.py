@@ -35,7 +35,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["xomni_jax*"]),
-  package_data={"xomni_jax.data": ["words.txt"]},
+  package_data={"xomni_jax": ["tiny/**"], "xomni_jax.data": ["words.txt"]},
   install_requires=[
     "absl-py>=2.1",
     "einops>=0.8",

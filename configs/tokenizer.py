@@ -186,8 +186,8 @@ def _tiny():
     # Most cells of a sign are blank: pushed to use many codes, they would say
     # in codes of their own what no prompt tells.
     "entropy": 0.0,
-    # By then the language model reads: cut up earlier, 28 codes of a few colours
-    # are left, and answers wait for a thousand steps.
+    # By then the language model reads. Cut up earlier, 28 codes of a few
+    # colours are left, and answers wait for a thousand steps.
     "quantise_from": 900,
     "kmeans_batches": 16,
     "revive_every": 50,

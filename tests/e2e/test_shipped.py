@@ -1,0 +1,89 @@
+"""The models that come with the package draw and read what they should."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import xomni_jax
+from tests.train_runs import ROOT
+from xomni_jax import cli
+from xomni_jax.data import prompts, world
+from xomni_jax.inference import shipped
+from xomni_jax.rewards import ocr, wire
+
+SIZE = (96, 96)
+COUNT = 48
+
+
+@pytest.fixture(scope="module", params=shipped.NAMES)
+def model(request):
+  """Each model, by its name."""
+  return request.param, xomni_jax.load(request.param)
+
+
+def test_shipped_models_write_words_they_never_saw(model):
+  name, model = model
+  known = prompts.open_prompts("world:signs:test")
+  asked = [known[i] for i in range(COUNT)]
+  made = model.generate([p.text for p in asked], SIZE, seed=0, batch_size=COUNT)
+  score = ocr.make_scorer(ocr.open_engine("rapidocr"), spaces=False)
+  scores = score(
+    [
+      wire.Item(p.key, np.asarray(image), p.text, p.targets, p.lang)
+      for p, image in zip(asked, made.images, strict=True)
+    ]
+  )
+  exact = np.mean([s.score == 1 for s in scores])
+  assert exact > {"tiny": 0.85, "tiny-sft": 0.7}[name]
+
+
+def test_shipped_models_read_signs_they_never_saw(model):
+  _, model = model
+  source = world.open_world("signs", "test")
+  right = []
+  for i in range(COUNT):
+    record = source[i]
+    truth = dict(record["qa"])
+    for question in ("What does the sign say?", "Which colour is the text?"):
+      right.append(model.chat(record["image"], question) == truth[question])
+  assert np.mean(right) > 0.9
+
+
+def test_shipped_models_share_what_rl_does_not_touch():
+  one, other = (xomni_jax.load(name) for name in shipped.NAMES)
+  for part, params in one.params.items():
+    same = _equal(params, other.params[part])
+    assert same != (part == "ar")
+  files = list(shipped.ROOT.rglob("*.safetensors"))
+  assert len(files) == 8
+  assert sum(p.stat().st_size for p in shipped.ROOT.rglob("*")) < 40e6
+
+
+def test_generate_and_chat_need_no_model_named(tmp_path, capsys):
+  out = tmp_path / "sign.png"
+  prompt = 'A yellow sign that says "OPEN 24" in blue.'
+  argv = ["generate", "--prompt", prompt, "--output-path", str(out)]
+  assert cli.main(argv) == 0
+  assert Image.open(out).size == SIZE
+  argv = ["chat", "--image-path", str(out), "--prompt", "What does it say?"]
+  capsys.readouterr()
+  assert cli.main(argv) == 0
+  assert capsys.readouterr().out.strip()
+
+
+def test_shipped_models_need_no_torch():
+  code = (
+    "import sys, xomni_jax; m = xomni_jax.load('tiny');"
+    "m.generate(['A red sign.'], (96, 96)); assert 'torch' not in sys.modules"
+  )
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def _equal(one, other):
+  import jax
+
+  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+  return all(np.array_equal(a, b) for a, b in pairs)
