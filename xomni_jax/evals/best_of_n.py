@@ -24,6 +24,7 @@ NAME = "best-of-n"
 SFT, RL, CONTROL = "sft", "rl", "control"
 TRUE, REPAINTED = "true drawings", "decoder on true codes"
 CEILINGS = (TRUE, REPAINTED)
+_MANY, _RL = "sft T=1", "rl T=1"
 _PLAIN, _COOL, _GREEDY = Sampling(), Sampling(0.7), Sampling(greedy=True)
 
 
@@ -43,7 +44,7 @@ def settings(identity: Mapping[str, Any]) -> list[Setting]:
   found += [
     Setting("sft greedy", SFT, source, 1, _GREEDY),
     Setting("sft T=0.7", SFT, source, samples, _COOL),
-    Setting("sft T=1", SFT, source, max(identity["n"]), _PLAIN),
+    Setting(_MANY, SFT, source, max(identity["n"]), _PLAIN),
   ]
   found += [
     Setting(f"{model} T=1", model, source, samples, _PLAIN)
@@ -76,48 +77,45 @@ def summary(
     InputError: rows are missing.
   """
   made = settings(identity)
-  kinds = [a.kind for a in asked]
   tables = {
     engine: {
       s.name: score_table(rows, s.name, s.samples, asked, engine) for s in made
     }
     for engine in identity["engines"]
   }
-  rank = tables[REWARD]["sft T=1"]["reward"]
-  found: dict[str, Any] = {
+  rank = tables[REWARD][_MANY]["reward"]
+  lines = {}
+  for engine, of in tables.items():
+    for metric in METRICS:
+      judged = of[_MANY][metric]
+      for n in identity["n"]:
+        best = stats.best_of(rank, judged, n)
+        lines[engine, metric, best_name(n)] = best
+      for name in (name for name in of if name != _MANY):
+        lines[engine, metric, name] = stats.mean_of(of[name][metric])
+  gains = {
+    (engine, metric, name): lines[engine, metric, _RL] - line
+    for (engine, metric, name), line in lines.items()
+    if name != _RL
+  }
+  columns = {("scores", *k): x for k, x in lines.items()}
+  columns |= {("differences", *k): x for k, x in gains.items()}
+  found = stats.by_kind(columns, [a.kind for a in asked])
+  beaten = lambda of: stats.largest_beaten(
+    {n: of[best_name(n)]["all"] for n in identity["n"]}
+  )
+  return {
     "identity": dict(identity),
-    "scores": {},
-    "differences": {},
-    "beaten": {},
+    **found,
+    "beaten": {
+      engine: {metric: beaten(of) for metric, of in metrics.items()}
+      for engine, metrics in found["differences"].items()
+    },
     "failed": {
       engine: int(sum(np.isnan(t["exact"]).sum() for t in of.values()))
       for engine, of in tables.items()
     },
   }
-  for engine, of in tables.items():
-    for metric in METRICS:
-      judged = of["sft T=1"][metric]
-      lines = {
-        best_name(n): stats.best_of(rank, judged, n) for n in identity["n"]
-      }
-      lines |= {
-        name: stats.mean_of(table[metric])
-        for name, table in of.items()
-        if name != "sft T=1"
-      }
-      differences = {
-        name: lines["rl T=1"] - line
-        for name, line in lines.items()
-        if name != "rl T=1"
-      }
-      scored = stats.by_kind(lines, kinds)
-      gains = stats.by_kind(differences, kinds)
-      found["scores"].setdefault(engine, {})[metric] = scored
-      found["differences"].setdefault(engine, {})[metric] = gains
-      found["beaten"].setdefault(engine, {})[metric] = stats.largest_beaten(
-        {n: gains[best_name(n)]["all"] for n in identity["n"]}
-      )
-  return found
 
 
 def check_numbers(n: Sequence[int]) -> None:

@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from xomni_jax.evals import stats
 from xomni_jax.evals.asked import Asked
 from xomni_jax.evals.measure import Setting
@@ -69,32 +71,33 @@ def _setting(split, model, name, source, samples):
   return Setting(f"{split} {model} {name}", model, source, samples, how)
 
 
-def validation_scores(
+def choose(
   identity: Mapping[str, Any],
   rows: Mapping[Key, Readings],
   asked: Sequence[Asked],
-) -> dict[str, dict]:
-  """{model: {engine: {metric: {setting: {kind: Estimate}}}}}.
+) -> dict[str, dict[str, str]]:
+  """{model: {engine: the best setting}}; of equal ones the plainest.
 
+  Args:
+    asked: validation prompts; rows of test prompts are not looked at.
   Raises:
     InputError: rows are missing.
   """
-  return {
-    model: {
-      engine: {
-        metric: stats.by_kind(lines[metric], [a.kind for a in asked])
-        for metric in METRICS
-      }
-      for engine in identity["engines"]
-      for lines in [
-        _lines(rows, VALIDATION, model, [*grid()], identity, asked, engine)
-      ]
-    }
-    for model in identity["models"]
-  }
+  found: dict[str, dict[str, str]] = {}
+  for model in identity["models"]:
+    for engine in identity["engines"]:
+      lines = _lines(identity, rows, asked, VALIDATION, model, engine, grid())
+      best = max(grid(), key=lambda k, of=lines["exact"]: _mean(of[k]))
+      found.setdefault(model, {})[engine] = best
+  return found
 
 
-def _lines(rows, split, model, names, identity, asked, engine):
+def _mean(values):
+  known = values[np.isfinite(values)]
+  return known.mean() if len(known) else 0.0
+
+
+def _lines(identity, rows, asked, split, model, engine, names):
   """{metric: {setting: f64[prompts]}}."""
   found: dict[str, dict] = {metric: {} for metric in METRICS}
   samples = 1 if split == VALIDATION else identity["samples"]
@@ -104,15 +107,6 @@ def _lines(rows, split, model, names, identity, asked, engine):
     for metric in METRICS:
       found[metric][name] = stats.mean_of(table[metric])
   return found
-
-
-def choose(scores: Mapping[str, dict]) -> dict[str, dict[str, str]]:
-  """{model: {engine: the best setting}}; of equal ones the plainest."""
-  best = lambda lines: max(lines, key=lambda k: lines[k]["all"].mean or 0.0)
-  return {
-    model: {engine: best(of["exact"]) for engine, of in engines.items()}
-    for model, engines in scores.items()
-  }
 
 
 def summary(
@@ -125,33 +119,30 @@ def summary(
 
   Returns:
     identity: the argument.
-    validation: see `validation_scores`, of all prompts together.
-    chosen: {model: {engine: setting}}.
-    test: {model: {engine: {metric: {setting: {kind: Estimate}}}}} of the plain
-      and the chosen setting.
+    chosen: {model: {engine: setting}}, see `choose`.
+    validation: {model: {engine: {metric: {setting: {"all": Estimate}}}}}.
+    test: the same of the plain and the chosen setting, and by kind of text.
     gain: {model: {engine: {metric: {kind: Estimate}}}}, the chosen setting
       minus the plain one; the interval's `high` is its upper bound.
   Raises:
     InputError: rows are missing.
   """
-  scores = validation_scores(identity, rows, validation)
-  chosen = choose(scores)
-  kinds = [a.kind for a in test]
-  found: dict[str, Any] = {"test": {}, "gain": {}}
+  chosen = choose(identity, rows, validation)
+  first, second = {}, {}
   for model, of in chosen.items():
     for engine, best in of.items():
-      names = list(dict.fromkeys([BASE, best]))
-      lines = _lines(rows, TEST, model, names, identity, test, engine)
-      for metric in METRICS:
-        line = lines[metric]
-        made = stats.by_kind(line, kinds)
-        gain = stats.by_kind({best: line[best] - line[BASE]}, kinds)[best]
-        for what, value in (("test", made), ("gain", gain)):
-          place = found[what].setdefault(model, {}).setdefault(engine, {})
-          place[metric] = value
+      at = (model, engine)
+      lines = _lines(identity, rows, validation, VALIDATION, *at, grid())
+      for metric, line in lines.items():
+        first |= {(*at, metric, name): x for name, x in line.items()}
+      names = dict.fromkeys([BASE, best])
+      lines = _lines(identity, rows, test, TEST, *at, names)
+      for metric, line in lines.items():
+        second |= {("test", *at, metric, k): x for k, x in line.items()}
+        second["gain", *at, metric] = line[best] - line[BASE]
   return {
     "identity": dict(identity),
-    "validation": scores,
     "chosen": chosen,
-    **found,
+    "validation": stats.by_kind(first, [""] * len(validation)),
+    **stats.by_kind(second, [a.kind for a in test]),
   }

@@ -141,7 +141,7 @@ def _cfg(args):
     bench.open({"validation": args.validation})
     identity, found = bench.identity, bench.rows.found
     bench.measure(cfg.validation_settings(identity), first)
-    chosen = cfg.choose(cfg.validation_scores(identity, found, first))
+    chosen = cfg.choose(identity, found, first)
     bench.measure(cfg.test_settings(identity, chosen), second)
     bench.write(cfg.summary(identity, found, first, second))
 

@@ -118,7 +118,7 @@ def run(
     keep = _Keeper(asked, rows, folder, bar)
     full = {s.name: max(1, images // s.samples) for s in settings}
     for batch in work:
-      bar.set_description(batch.setting.name)
+      bar.set_description(batch.setting.name, refresh=False)
       made = _draw(batch, asked, drawer, full[batch.setting.name])
       waiting.append((batch, made, readers().ask(_items(batch, made, asked))))
       if len(waiting) > _AHEAD:

@@ -4,6 +4,7 @@ The first line says what is measured. A command that was killed goes on behind
 the last whole line; one that measures something else is refused.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -114,6 +115,11 @@ def read_prompts(path: pathlib.Path) -> list[Asked]:
   return [asked_lib.from_json(line) for line in read_journal(path)]
 
 
+@functools.lru_cache(2**16)
+def _scored(text, targets, lang):
+  return text_scores.text_reward(text, targets, lang, spaces=False)
+
+
 def score_table(
   rows: Mapping[Key, Readings],
   setting: str,
@@ -144,7 +150,7 @@ def score_table(
       if engine not in readings or "text" not in readings[engine]:
         continue
       text = readings[engine]["text"]
-      score = text_scores.text_reward(text, one.targets, one.lang, spaces=False)
+      score = _scored(text, one.targets, one.lang)
       if score is None:
         continue
       at = prompt, sample

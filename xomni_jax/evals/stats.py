@@ -10,7 +10,7 @@ one difference, under the same random keys, and then as above.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,7 @@ def estimates(
   values = np.asarray(values, np.float64)
   count, columns = values.shape
   there = np.isfinite(values)
+  known = there.sum(0)
   filled = np.where(there, values, 0.0)
   if not count:
     return [Estimate(None, None, None, 0)] * columns
@@ -59,9 +60,12 @@ def estimates(
     times = np.bincount(drawn.ravel(), minlength=n * count)
     times = times.reshape(n, count).astype(np.float64)
     with np.errstate(invalid="ignore"):  # a draw that has nothing of a column
-      means.append(times @ filled / (times @ there))
-  low, high = np.nanpercentile(np.concatenate(means), (2.5, 97.5), axis=0)
-  known = there.sum(0)
+      of = count if there.all() else times @ there.astype(np.float64)
+      means.append(times @ filled / of)
+  found = np.where(known, np.concatenate(means), 0.0)
+  # The one that minds NaN takes columns one by one.
+  cut = np.nanpercentile if np.isnan(found).any() else np.percentile
+  low, high = cut(found, (2.5, 97.5), axis=0)
   return [
     Estimate(
       *(
@@ -110,16 +114,16 @@ def mean_of(judged: np.ndarray) -> np.ndarray:
   return best_of(np.zeros_like(judged), judged, 1)
 
 
-Table = dict[str, dict[str, Estimate]]
-
-
 def by_kind(
-  columns: Mapping[str, np.ndarray], kinds: Sequence[str], **how
-) -> Table:
-  """{name: {kind: Estimate}}, "all" first, then the kinds by name.
+  columns: Mapping[tuple[str, ...], np.ndarray], kinds: Sequence[str], **how
+) -> dict[str, Any]:
+  """The names of columns as nested mappings, {kind: Estimate} innermost.
+
+  "all" is the first of the kinds, the others follow by name. All columns go
+  through the bootstrap together: drawing takes longer than adding up.
 
   Args:
-    columns: {name: f[prompts]}.
+    columns: {(name, name within it, ...): f[prompts]}.
     kinds: of the prompts; "": of no kind.
     how: see `estimates`.
   """
@@ -128,11 +132,14 @@ def by_kind(
   groups = {"all": np.ones(len(kinds), bool)} | {
     str(k): kinds == k for k in sorted(set(kinds.tolist()) - {""})
   }
-  found: Table = {name: {} for name in columns}
+  found: dict[str, Any] = {}
   for group, rows in groups.items():
     made = estimates(values[rows], **how)
-    for name, estimate in zip(columns, made, strict=True):
-      found[name][group] = estimate
+    for names, estimate in zip(columns, made, strict=True):
+      place = found
+      for name in names:
+        place = place.setdefault(name, {})
+      place[group] = estimate
   return found
 
 
