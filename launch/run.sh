@@ -85,6 +85,19 @@ train() {
   done
 }
 
+# The judge of measurements is a program of its own. Where it can't be had,
+# they go on without it, and its column says "absent".
+judge() {
+  tesseract --list-langs 2>/dev/null | grep -qx chi_sim && return
+  local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -y -qq)
+  [ "$(id -u)" = 0 ] || apt=(sudo -n "${apt[@]}")
+  local get=("${apt[@]}" install tesseract-ocr tesseract-ocr-chi-sim)
+  echo "run.sh: installing tesseract-ocr" >&2
+  "${get[@]}" >/dev/null 2>&1 ||
+    { "${apt[@]}" update && "${get[@]}"; } >/dev/null 2>&1 ||
+    echo "run.sh: no tesseract-ocr to be had; measuring with what there is" >&2
+}
+
 verb=${1:-help}
 [ $# -gt 0 ] && shift
 case $verb in
@@ -105,6 +118,10 @@ case $verb in
     lint
     # By file: the tests of a file share what they compiled.
     exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+    ;;
+  eval)
+    case ${1:-} in best-of-n | cfg) judge ;; esac
+    exec "$venv/bin/python" -m xomni_jax eval "$@"
     ;;
   *) exec "$venv/bin/python" -m xomni_jax "$verb" "$@" ;;
 esac

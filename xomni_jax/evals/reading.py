@@ -12,9 +12,10 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from xomni_jax.errors import InputError
+from xomni_jax.errors import InputError, RunError
 from xomni_jax.rewards import ocr
 from xomni_jax.rewards.wire import Item
 
@@ -58,10 +59,20 @@ class Readers:
     return [self._pool.submit(_read, (*self.engines,), c) for c in chunks]
 
   def hear(self, asked: list[concurrent.futures.Future]) -> list[Readings]:
-    """The readings of all items, in their order."""
+    """The readings of all items, in their order.
+
+    Raises:
+      RunError: a process has died.
+    """
     found = []
     for future in asked:
-      readings, seconds = future.result()
+      try:
+        readings, seconds = future.result()
+      except BrokenProcessPool:
+        raise RunError(
+          "a process that reads images was killed; make room in memory, or ask "
+          "for fewer --readers, and start again: it goes on where it was"
+        ) from None
       found += readings
       for name, spent in seconds.items():
         self.seconds[name] += spent
