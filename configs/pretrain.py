@@ -4,7 +4,7 @@
     --config.init.model=runs/tokenizer/model
 
 learns to draw signs from the codes of a tokenizer (configs/tokenizer.py) that
-`xomni tokenize-dataset` made: 4 minutes on 2 CPU cores.
+`xomni tokenize-dataset` made: 10 minutes on 2 CPU cores.
 
   xomni train --config=configs/pretrain.py:7b --workdir=/mnt/runs/pretrain \
     --config.init.model=X-Omni --config.init.qwen=Qwen/Qwen2.5-7B
@@ -141,8 +141,8 @@ def _tiny():
     "global_batch": 8,
     "phases": {
       "1_vision": {"steps": 100, "train": _VISION, "warmup_steps": 20},
-      "2_all": {"steps": 1000, "train": ("ar/",), "warmup_steps": 20},
-      "3_anneal": {"steps": 200, "train": ("ar/",), "decay": "linear"},
+      "2_all": {"steps": 2100, "train": ("ar/",), "warmup_steps": 20},
+      "3_anneal": {"steps": 400, "train": ("ar/",), "decay": "linear"},
     },
     "data": {**data, "sources": mixture},
     "eval_data": {

@@ -20,16 +20,16 @@ from xomni_jax.inference import shipped
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 _LOG = "recipe.log"
 # Of images that become codes: (train, held-out).
-_CODES, _QUICK_CODES = (20_000, 2_000), (3_000, 300)
+_CODES, _QUICK_CODES = (30_000, 2_000), (3_000, 300)
 _SHARD = 1024
 # Where a stage starts: {setting: what another stage left}.
 _STARTS = {
   "vae": {},
   "tokenizer": {},
-  "pretrain": {"model": "tokenizer/model"},
+  "decoder": {"model": "tokenizer/model", "flux": "vae/model"},
+  "pretrain": {"model": "decoder/model"},
   "sft": {"model": "pretrain/model"},
-  "decoder": {"model": "sft/model", "flux": "vae/model"},
-  "grpo": {"model": "decoder/model", "flux": "decoder/flux1"},
+  "grpo": {"model": "sft/model", "flux": "decoder/flux1"},
 }
 # {stage: settings} that make it a try of about a minute.
 _QUICK = {
@@ -235,7 +235,7 @@ def assemble(runs: pathlib.Path, out: pathlib.Path) -> None:
     name: released.load(part, mesh, "float32")
     for name, part in flux1.parts_of(opened).items()
   }
-  before = checkpoint.open_checkpoint(runs / "decoder" / "model")
+  before = checkpoint.open_checkpoint(runs / "sft" / "model")
   with released.staged(out) as folder:
     checkpoint.export(
       runs / "grpo" / "model", folder / shipped.MODEL, dtype, "safetensors"
