@@ -33,7 +33,11 @@ _STARTS = {
 }
 # {stage: settings} that make it a try of about a minute.
 _QUICK = {
-  "vae": ("phases.1_crops.steps=330", "phases.2_whole.steps=20"),
+  "vae": (
+    "phases.1_crops.steps=330",
+    "phases.2_whole.steps=20",
+    "phases.2_whole.warmup_steps=0",
+  ),
   "tokenizer": (
     "phases.1_all.steps=350",
     "options.quantise_from=150",
@@ -46,7 +50,7 @@ _QUICK = {
   ),
   "sft": ("phases.1_all.steps=40",),
   "decoder": ("phases.1_all.steps=220",),
-  "grpo": ("phases.1_all.steps=2",),
+  "grpo": ("phases.1_all.steps=2", "phases.1_all.warmup_steps=0"),
 }
 _POLL = 0.5  # s
 _SAY = 30.0  # s between lines where there is no terminal
