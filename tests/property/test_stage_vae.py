@@ -232,7 +232,10 @@ def test_vae_crops_of_small_images_are_enlarged(size):
 
 def test_vae_stage_exports_a_flux1_folder(tmp_path):
   cfg, arch = parsed(
-    "tiny", f"init.flux={GOLDEN / 'flux1'}", "options.crops=(16,)", "global_batch=4"
+    "tiny",
+    f"init.flux={GOLDEN / 'flux1'}",
+    "options.crops=(16,)",
+    "global_batch=4",
   )
   stage = stage_lib.stage(cfg, arch)
   rows = stage.batches(0)[0]

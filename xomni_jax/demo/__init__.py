@@ -26,7 +26,7 @@ from xomni_jax.rewards import ocr, wire
 _CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "grpo.py"
 _SOURCE = "world:signs:test"
 _DRAWN, _ASKED = 16, 6  # prompts that are drawn, signs that are asked about
-_STEPS = 40
+_STEPS = 60
 _QUESTIONS = ("What does the sign say?", "Which colour is the text?")
 
 
