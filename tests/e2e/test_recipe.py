@@ -74,7 +74,7 @@ def held_out(runs, stage):
 def test_vae_rebuilds_signs(recipe):
   level, runs = recipe
   metrics = held_out(runs, "vae")
-  assert metrics["psnr_db"] > {"quick": 14.5, "whole": 31.0}[level]
+  assert metrics["psnr_db"] > {"quick": 18.0, "whole": 31.0}[level]
 
 
 def test_tokenizer_reads_through_its_codes(recipe):
@@ -89,21 +89,21 @@ def test_tokenizer_reads_through_its_codes(recipe):
 def test_pretraining_predicts_codes_of_unseen_signs(recipe):
   level, runs = recipe
   metrics = held_out(runs, "pretrain")
-  assert metrics["image_loss"] < {"quick": 1.3, "whole": 0.1}[level]
-  assert metrics["image_accuracy"] > {"quick": 0.6, "whole": 0.96}[level]
+  assert metrics["image_loss"] < {"quick": 0.9, "whole": 0.1}[level]
+  assert metrics["image_accuracy"] > {"quick": 0.7, "whole": 0.96}[level]
 
 
 def test_sft_keeps_what_pretraining_learned(recipe):
   level, runs = recipe
   metrics = held_out(runs, "sft")
-  assert metrics["image_loss"] < {"quick": 1.3, "whole": 0.08}[level]
+  assert metrics["image_loss"] < {"quick": 0.9, "whole": 0.08}[level]
 
 
 def test_decoder_paints_codes(recipe):
   """Velocity loss; 1 is what predicting nothing gets, and noise more."""
   level, runs = recipe
   metrics = held_out(runs, "decoder")
-  assert metrics["loss"] < {"quick": 0.5, "whole": 0.1}[level]
+  assert metrics["loss"] < {"quick": 0.35, "whole": 0.04}[level]
 
 
 def test_recipe_leaves_a_model_before_and_after_rl(recipe, monkeypatch):
@@ -115,7 +115,8 @@ def test_recipe_leaves_a_model_before_and_after_rl(recipe, monkeypatch):
     model = xomni_jax.load(name)
     made[name] = model.generate([prompt], (96, 96), seed=0)
     assert made[name].images[0].size == (96, 96)
-    assert model.chat(made[name].images[0], "What does the sign say?")
+    answer = model.chat(made[name].images[0], "What does the sign say?")
+    assert isinstance(answer, str)
   tiny, sft = (made[n].logprobs for n in shipped.NAMES)
   assert np.abs(tiny - sft).max() > 0
   files = [load_file(path) for path in weights(runs / "tiny")]
