@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.helpers import GOLDEN, max_difference
 from xomni_jax.config import Compute
+from xomni_jax.errors import InputError
 from xomni_jax.inference import flux1
 from xomni_jax.models import vae
 from xomni_jax.params import flatten
@@ -220,6 +221,43 @@ def test_vae_crops_lie_within_the_image():
     assert len(found) == 1
     seen.add(tuple(found[0]))
   assert len(seen) > 20
+
+
+def test_vae_crops_can_lie_on_a_grid():
+  rows = CropRows(16, align=8)
+  # Pixels say where they are.
+  y, x = np.mgrid[:40, :33].astype(np.uint8)
+  record = {"image": Image.fromarray(np.stack([y, x, y], axis=-1))}
+  crops = (
+    rows.prepare(record, np.random.default_rng(seed), None)["pixels"]
+    for seed in range(60)
+  )
+  corners = {tuple(crop[0, 0, :2].tolist()) for crop in crops}
+  assert corners == {(y, x) for y in (0, 8, 16, 24) for x in (0, 8, 16)}
+
+
+@pytest.mark.parametrize("crops", ["(16, 16, 16)", "(12,)", "()"])
+def test_vae_crops_that_do_not_fit_are_refused(crops):
+  cfg, arch = parsed(
+    "tiny", f"init.flux={GOLDEN / 'flux1'}", f"options.crops={crops}"
+  )
+  with pytest.raises(
+    InputError, match=r"options.crops is .* expected one side"
+  ):
+    stage_lib.stage(cfg, arch)
+
+
+def test_vae_phases_have_crops_of_their_own():
+  cfg, arch = parsed(
+    "tiny",
+    f"init.flux={GOLDEN / 'flux1'}",
+    "options.crops=(16, 32)",
+    "global_batch=2",
+  )
+  stage = stage_lib.stage(cfg, arch)
+  sides = [stage.batches(i)[0].arrays["pixels"].shape[1] for i in (0, 1)]
+  assert sides == [16, 32]
+  assert stage.held_out[0].arrays["pixels"].shape[1] == 32
 
 
 @pytest.mark.parametrize("size", [(10, 10), (9, 33), (100, 7), (24, 23)])
