@@ -80,7 +80,7 @@ def _run(folder, *, stop_after=None, fails=0, prompts=TWO_SIZES):
       SETTINGS,
       prompts,
       found,
-      lambda: readers,
+      readers,
       drawer,
       images=8,
       folder=folder / "sheets",

@@ -147,7 +147,7 @@ def _cfg(args):
 
 
 class _Bench(contextlib.ExitStack):
-  """What a measurement needs; models and engines are opened when needed.
+  """What a measurement needs; models are loaded when they are needed.
 
   Attributes:
     identity: what is measured.
@@ -211,7 +211,7 @@ class _Bench(contextlib.ExitStack):
       settings,
       prompts,
       self.rows,
-      lambda: self._readers,
+      self._readers,
       self._drawer,
       images=self._args.batch,
       folder=self._out / "sheets" / self._name,

@@ -79,7 +79,7 @@ def run(
   settings: Sequence[Setting],
   asked: Sequence[Asked],
   rows: Rows,
-  readers: Callable[[], Readers],
+  readers: Readers,
   drawer: Callable[[str], Drawer],
   *,
   images: int,
@@ -91,8 +91,8 @@ def run(
     settings: those of one model adjacent.
     asked: the prompts.
     rows: where they are kept.
-    readers, drawer: called when first needed; `drawer` by a model's name, and
-      only the last one is used.
+    readers: of the images.
+    drawer: by a model's name; only the last one is used.
     images: of a batch.
     folder: of the sheets.
   Raises:
@@ -120,12 +120,12 @@ def run(
     for batch in work:
       bar.set_description(batch.setting.name, refresh=False)
       made = _draw(batch, asked, drawer, full[batch.setting.name])
-      waiting.append((batch, made, readers().ask(_items(batch, made, asked))))
+      waiting.append((batch, made, readers.ask(_items(batch, made, asked))))
       if len(waiting) > _AHEAD:
         done, made, futures = waiting.popleft()
-        keep(done, made, readers().hear(futures))
+        keep(done, made, readers.hear(futures))
     for done, made, futures in waiting:
-      keep(done, made, readers().hear(futures))
+      keep(done, made, readers.hear(futures))
 
 
 def _is_missing(batch, rows, folder):

@@ -1,0 +1,245 @@
+"""`xomni eval` from models to a report, with real engines, small.
+
+The models are the golden checkpoint, whose images are noise, and the same with
+another image head.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from tests.helpers import GOLDEN
+from xomni_jax import cli
+from xomni_jax.evals import asked, drawing, reading, rows
+from xomni_jax.inference.sampling import Sampling
+from xomni_jax.rewards.wire import Item
+
+pytest.importorskip("rapidocr")
+
+FLUX = str(GOLDEN / "flux1")
+SETTINGS = 7  # of best-of-n with a control
+SMALL = ["--count", "5", "--steps", "1", "--batch", "4", "--readers", "1"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """{"sft", "rl": model folder}; RL draws other codes."""
+  folder = tmp_path_factory.mktemp("models")
+  shutil.copytree(GOLDEN / "xomni", folder / "rl")
+  path = folder / "rl" / "model-00004-of-00004.safetensors"
+  state = load_file(path)
+  state["mm_head.weight"] = np.roll(state["mm_head.weight"], 1, 0)
+  save_file(state, path, {"format": "pt"})
+  return {"sft": str(GOLDEN / "xomni"), "rl": str(folder / "rl")}
+
+
+def _argv(what, folders, out, *more):
+  models = ["--sft", folders["sft"], "--rl", folders["rl"], "--flux", FLUX]
+  return ["eval", what, *models, *SMALL, "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def measured(folders, tmp_path_factory):
+  """Folder of a whole best-of-n."""
+  out = tmp_path_factory.mktemp("eval") / "seed0"
+  control = ["--control", folders["sft"], "--n", "1,2"]
+  assert cli.main(_argv("best-of-n", folders, out, *control)) == 0
+  return out
+
+
+def test_best_of_n_from_models_to_figures(measured):
+  figures = json.loads((measured / "best-of-n.json").read_text())
+  engines = figures["identity"]["engines"]
+  assert "rapidocr" in engines
+  assert ("tesseract" in engines) == bool(shutil.which("tesseract"))
+  exact = figures["scores"]["rapidocr"]["exact"]
+  assert exact["true drawings"]["all"][0] >= 0.8  # signs can be read
+  assert exact["rl T=1"]["all"][0] == 0  # noise can't
+  _, found = rows.read_rows(measured / "best-of-n.rows.jsonl")
+  assert len(found) == 5 * (SETTINGS + 1)  # one setting has two images each
+  sheets = sorted(p.name for p in (measured / "sheets" / "best-of-n").iterdir())
+  assert len(sheets) == SETTINGS
+  with Image.open(measured / "sheets" / "best-of-n" / sheets[0]) as sheet:
+    assert sheet.width > 5 * 96
+
+
+def test_control_that_is_sft_draws_the_same(measured):
+  """The same weights under the same keys: only so are differences paired."""
+  _, found = rows.read_rows(measured / "best-of-n.rows.jsonl")
+  sheets = measured / "sheets" / "best-of-n"
+  pixels = {
+    name: np.asarray(Image.open(sheets / f"{name}-t-1.png"))
+    for name in ("sft", "control", "rl")
+  }
+  assert np.array_equal(pixels["sft"], pixels["control"])
+  assert not np.array_equal(pixels["sft"], pixels["rl"])
+  for prompt in range(5):
+    same = [found[f"{m} T=1", prompt, 0] for m in ("sft", "control")]
+    assert same[0] == same[1]
+
+
+def test_measurement_that_is_complete_draws_nothing(
+  measured, folders, monkeypatch, capsys
+):
+  before = (measured / "best-of-n.json").read_bytes()
+  monkeypatch.setattr(drawing.Drawer, "draw", None)
+  monkeypatch.setattr(drawing.Drawer, "repaint", None)
+  argv = _argv("best-of-n", folders, measured, "--control", folders["sft"])
+  assert cli.main([*argv, "--n", "1,2"]) == 0
+  assert (measured / "best-of-n.json").read_bytes() == before
+  assert cli.main(["eval", "score", str(measured)]) == 0
+  assert (measured / "best-of-n.json").read_bytes() == before
+  # Another model under the same name is another measurement.
+  capsys.readouterr()
+  argv = _argv("best-of-n", folders, measured, "--control", folders["rl"])
+  assert cli.main([*argv, "--n", "1,2"]) == 2
+  err = capsys.readouterr().err
+  assert "another measurement (models " in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_measurement_that_is_killed_goes_on_to_the_same_figures(
+  measured, folders, tmp_path
+):
+  argv = _argv("best-of-n", folders, tmp_path, "--control", folders["sft"])
+  command = [sys.executable, "-m", "xomni_jax", *argv, "--n", "1,2"]
+  run = subprocess.Popen(command, cwd=pathlib.Path(__file__).parents[2])
+  path, deadline = tmp_path / "best-of-n.rows.jsonl", time.time() + 300
+  lines = lambda: path.read_bytes().count(b"\n") if path.exists() else 0
+  while run.poll() is None and lines() < 11 and time.time() < deadline:
+    time.sleep(0.005)
+  children = _children(run.pid)
+  run.send_signal(signal.SIGKILL)
+  run.wait()
+  there = lines()
+  assert 11 <= there < 1 + 5 * (SETTINGS + 1) and children
+  # What it had started to read with does not wait for it for ever.
+  while any(map(_alive, children)) and time.time() < deadline:
+    time.sleep(0.05)
+  assert not any(map(_alive, children))
+  with path.open("ab") as file:
+    file.write(b'{"setting": "sft T')
+  assert cli.main([*argv, "--n", "1,2"]) == 0
+  ours, whole = (
+    json.loads((f / "best-of-n.json").read_text()) for f in (tmp_path, measured)
+  )
+  assert ours == whole
+  sort = lambda f: sorted((f / path.name).read_text().splitlines()[1:])
+  assert sort(tmp_path) == sort(measured)
+
+
+def _children(pid):
+  path = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
+  return path.read_text().split()
+
+
+def _alive(pid):
+  try:
+    state = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1]
+  except OSError:
+    return False
+  return state.split()[0] != "Z"
+
+
+@pytest.mark.slow
+def test_guidance_from_models_to_a_report(folders, measured, tmp_path):
+  out = tmp_path / "seed0"
+  more = ["--validation-count", "2", "--count", "3", "--samples", "2"]
+  assert cli.main(_argv("cfg", folders, out, *more)) == 0
+  figures = json.loads((out / "cfg.json").read_text())
+  assert len(figures["validation"]["sft"]["rapidocr"]["exact"]) == 15
+  assert figures["gain"]["rl"]["rapidocr"]["exact"]["all"][3] == 3
+  shutil.copy(measured / "best-of-n.json", out)
+  report = tmp_path / "report"
+  assert cli.main(["eval", "report", str(out), "--out", str(report)]) == 0
+  text = (report / "report.md").read_text()
+  assert "# Best of N" in text and "# Guidance and filters" in text
+  names = sorted(path.name for path in report.iterdir())
+  assert names == ["best-of-n.png", "cfg.png", "report.md"]
+
+
+def test_images_depend_on_prompt_and_sample_alone(tiny):
+  some = asked.open_asked("world:signs:test", 3)
+  draw = lambda places, numbers, seed=7: drawing.Drawer(tiny, seed, 2).draw(
+    [some[i] for i in places], numbers, 2, Sampling()
+  )
+  first, second = draw([0, 1], [0, 1]), draw([2, 1], [2, 1])
+  assert np.array_equal(first[2:], second[2:])
+  # Another prompt, number, sample or seed is another image.
+  others = [*first[:2], *draw([1, 1], [5, 6]), *draw([0, 1], [0, 1], 8)]
+  for image in (*others, first[3]):
+    assert not np.array_equal(image, first[2])
+
+
+def test_true_codes_are_painted_as_the_model_decodes_them(tiny):
+  """The noise apart, which the same codes and keys share with a draw."""
+  some = asked.open_asked("world:signs:test", 2)
+  pictures = asked.true_images("world:signs:test", range(2))
+  drawer = drawing.Drawer(tiny, 7, 2)
+  seen = {}
+  paint = drawer._paint
+
+  def spy(codes, texts, keys):
+    seen["codes"] = codes
+    return paint(codes, texts, keys)
+
+  drawer._paint = spy
+  made = drawer.repaint(pictures, some, range(2))
+  assert made.shape == (2, 96, 96, 3) and made.dtype == np.uint8
+  for codes, picture in zip(seen["codes"], pictures, strict=True):
+    assert np.array_equal(codes, tiny.encode(picture))
+
+
+def test_readers_read_as_the_engine_does():
+  some = asked.open_asked("world:signs:test", 10)
+  pictures = asked.true_images("world:signs:test", range(10))
+  items = [
+    Item(str(i), np.asarray(picture), one.text, one.targets)
+    for i, (one, picture) in enumerate(zip(some, pictures, strict=True))
+  ]
+  readers = reading.Readers(1)
+  try:
+    found = readers.hear(readers.ask(items))
+  finally:
+    readers.close()
+  scores = reading._scorer("rapidocr")(items)
+  for one, score in zip(found, scores, strict=True):
+    assert one["rapidocr"]["text"] == score.raw["text"]
+    assert one["rapidocr"]["score"] == pytest.approx(score.score, abs=1e-6)
+  assert readers.seconds["rapidocr"] > 0
+
+
+@pytest.mark.parametrize(
+  ("more", "says"),
+  [
+    (["--n", "2,4"], "rising numbers"),
+    (["--n", "1,x"], "list of numbers"),
+    (["--count", "0"], "count is 0"),
+    (["--steps", "0"], "--steps is 0"),
+    (["--sft", "nowhere/at/all"], "no such folder"),
+    (["--source", "world:moon"], "no level"),
+    (["--rounds", "2"], "unrecognized arguments"),
+  ],
+)
+def test_bad_argument_is_one_line(folders, tmp_path, capsys, more, says):
+  assert cli.main(_argv("best-of-n", folders, tmp_path / "out", *more)) == 2
+  err = capsys.readouterr().err
+  assert says in err and len(err.splitlines()) == 1
+  assert not (tmp_path / "out").exists()
+
+
+def test_judge_that_is_not_installed_is_left_out(monkeypatch):
+  monkeypatch.setenv("PATH", os.fspath(GOLDEN))
+  reading._engine.cache_clear()
+  assert [*reading._revisions()] == ["rapidocr"]
+  reading._engine.cache_clear()
