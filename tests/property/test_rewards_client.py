@@ -278,6 +278,14 @@ def test_client_is_on_time_and_invents_nothing_when_its_server(serve, fault):
   assert _kinds(scores) <= kinds
 
 
+def test_client_told_to_stop_waits_no_longer(serve):
+  server, stop = serve(lambda items, _: time.sleep(3)), threading.Event()
+  threading.Timer(0.2, stop.set).start()
+  settings = FAST._replace(deadline=30.0, try_seconds=30.0)
+  scores, seconds = _ask([server.url], _items(4), settings, stop=stop)
+  assert seconds < 1.5 and not any(score.ok for score in scores)
+
+
 def test_client_fails_only_the_item_with_a_bad_score(serve):
   bad = _reply(lambda e: [e[0] | {"score": float("nan")}, *e[1:]])
   server = serve(bad)

@@ -4,11 +4,13 @@ import os
 import shutil
 import stat
 import sys
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import sidecar_client
 from xomni_jax.data.world import open_world
 from xomni_jax.errors import InputError
 from xomni_jax.rewards import ocr, ocr_engines
@@ -140,6 +142,19 @@ def test_engines_combine_by_mean_or_min_and_tell_how_far_apart():
     assert b.error_kind == "absent"
   with pytest.raises(InputError, match="'max'"):
     ocr.combine_engines({"good": good}, "max")
+
+
+def test_engines_combined_are_asked_at_once():
+  """Each waits for the other: one after another, neither would answer."""
+  both = threading.Barrier(2, timeout=10)
+
+  def read(_):
+    both.wait()
+    return Reading("OPEN")
+
+  scorers = {name: ocr.make_scorer(_fake(read)) for name in ("one", "other")}
+  (found,) = ocr.combine_engines(scorers, "mean")([_blank()])
+  assert found.ok and list(found.raw["engines"]) == ["one", "other"]
 
 
 def test_engines_combined_fail_where_one_fails():
@@ -276,6 +291,24 @@ def test_got_reads_as_its_model_generates(tmp_path):
   assert len(set(text)) > 3
   assert readings[1].text.startswith(text)
   assert readings[0] != readings[1]
+
+
+@pytest.mark.slow
+def test_got_behind_a_sidecar_scores_as_in_this_process(tmp_path):
+  pytest.importorskip("fastapi")
+  pytest.importorskip("uvicorn")
+  torch = pytest.importorskip("torch")
+  _tiny_got(torch, pytest.importorskip("transformers"), tmp_path)
+  items = [_sign(i) for i in range(3)]
+  engine = ocr.open_engine("got", model=str(tmp_path))
+  ours = ocr.make_scorer(engine)(items)
+  command = ["xomni_jax.sidecar", "--config", "configs/sidecar.py:tiny"]
+  more = ["--app", "got", "--no-ray", "--set", "port=0"]
+  more += ["--set", f"settings.model={tmp_path}"]
+  with sidecar_client.served([*command, *more], seconds=240) as url:
+    theirs = sidecar_client.scores(url, items)
+  assert all(s.ok and s.raw["text"] for s in ours)
+  assert theirs == ours
 
 
 def _tiny_got(torch, transformers, folder):

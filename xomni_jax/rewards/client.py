@@ -50,6 +50,7 @@ def open_client(
   token: str = "",
   clock: Callable[[], float] = time.monotonic,
   endpoints: Endpoints | None = None,
+  stop: threading.Event | None = None,
 ) -> Callable[[Sequence[Item]], list[Score]]:
   """A scorer that asks one of several equal servers for each batch.
 
@@ -66,6 +67,7 @@ def open_client(
     token: bearer token; "": none.
     clock: seconds; a test may pass its own.
     endpoints: with other breakers than the default ones.
+    stop: once it is set, calls return within a second.
   """
   import httpx2
 
@@ -80,9 +82,10 @@ def open_client(
     limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
   )
   places = endpoints or Endpoints([u.rstrip("/") + PATH for u in urls])
+  stop = stop or threading.Event()
 
   def score(items: Sequence[Item]) -> list[Score]:
-    call = _Call(http, places, settings, clock, list(items))
+    call = _Call(http, places, settings, clock, stop, list(items))
     return call.scores()
 
   return score
@@ -91,9 +94,9 @@ def open_client(
 class _Call:
   """One call of the scorer: threads fill in scores until the deadline."""
 
-  def __init__(self, http, places, settings, clock, items):
+  def __init__(self, http, places, settings, clock, stop, items):
     self._http, self._places = http, places
-    self._settings, self._clock = settings, clock
+    self._settings, self._clock, self._stop = settings, clock, stop
     self._end = clock() + settings.deadline
     self._items = items
     self._found: dict[int, Score] = {}
@@ -122,7 +125,7 @@ class _Call:
     ]
 
   def _left(self):
-    return self._end - self._clock()
+    return 0.0 if self._stop.is_set() else self._end - self._clock()
 
   def _done(self):
     return self._over.is_set() or self._left() <= 0

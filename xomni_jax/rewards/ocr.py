@@ -1,5 +1,6 @@
 """OCR accuracy as a reward: what engines read, scored against the targets."""
 
+import concurrent.futures
 from collections.abc import Callable, Mapping, Sequence
 
 from xomni_jax.errors import InputError
@@ -72,7 +73,7 @@ def make_scorer(
 
 
 def combine_engines(scorers: Mapping[str, Scorer], how: str) -> Scorer:
-  """One scorer of several: each item's mean or min over them.
+  """One scorer of several, asked at once: each item's mean or min over them.
 
   Never the max: an image that fools one engine has to fool all. An item that
   one of them fails on has failed, for a mean over the others would be another
@@ -85,7 +86,8 @@ def combine_engines(scorers: Mapping[str, Scorer], how: str) -> Scorer:
     raise InputError(f"engines combine by {how!r}, expected 'mean' or 'min'")
 
   def score(items: Sequence[Item]) -> list[Score]:
-    columns = [scorer(items) for scorer in scorers.values()]
+    with concurrent.futures.ThreadPoolExecutor(len(scorers)) as pool:
+      columns = list(pool.map(lambda scorer: scorer(items), scorers.values()))
     rows = zip(*columns, strict=True)
     return [
       _combined(dict(zip(scorers, row, strict=True)), how) for row in rows

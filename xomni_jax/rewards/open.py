@@ -1,6 +1,7 @@
 """From a reward's config to its scorer."""
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 
 from xomni_jax.errors import InputError
@@ -11,7 +12,11 @@ from xomni_jax.rewards.wire import Item, Score
 Scorer = Callable[[Sequence[Item]], list[Score]]
 
 
-def open_scorer(cfg: RewardConfig, text_backend: str = "tokenizers") -> Scorer:
+def open_scorer(
+  cfg: RewardConfig,
+  text_backend: str = "tokenizers",
+  stop: threading.Event | None = None,
+) -> Scorer:
   """The scorer of a reward; engines are loaded and files read here.
 
   Servers are not asked yet: one that starts later than the run is no error.
@@ -19,13 +24,14 @@ def open_scorer(cfg: RewardConfig, text_backend: str = "tokenizers") -> Scorer:
   Args:
     text_backend: of a local engine, "tensorflow_text" normalises what it read
       in batches; with any other each text is plain Python's work.
+    stop: once it is set, servers are not waited for any more.
   Raises:
     InputError: an engine is missing, a file can't be read or written, or the
       token's environment variable is not set.
   """
   sources = parse_source(cfg.source)
   scorers = {
-    "+".join(source.where): _open_source(cfg, source, text_backend)
+    "+".join(source.where): _open_source(cfg, source, text_backend, stop)
     for source in sources
   }
   if len(scorers) < len(sources):
@@ -40,7 +46,7 @@ def open_scorer(cfg: RewardConfig, text_backend: str = "tokenizers") -> Scorer:
   return replay.record(scorer, cfg.record, cfg.name) if cfg.record else scorer
 
 
-def _open_source(cfg, source, text_backend):
+def _open_source(cfg, source, text_backend, stop):
   if source.kind == "replay":
     return replay.open_replay(source.where[0], cfg.name)
   if source.kind == "ocr":
@@ -52,7 +58,7 @@ def _open_source(cfg, source, text_backend):
   settings = client.Settings(
     **{name: getattr(cfg, name) for name in client.Settings._fields}
   )
-  return client.open_client(source.where, settings, _token(cfg))
+  return client.open_client(source.where, settings, _token(cfg), stop=stop)
 
 
 def _token(cfg):

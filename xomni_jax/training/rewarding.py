@@ -84,7 +84,10 @@ class Rewarder:
       InputError: a reward can't be opened.
     """
     self._rewards, self._cfg, self._group_size = rewards, cfg, group_size
-    self._scorers = {r.name: open_scorer(r, text_backend) for r in rewards}
+    self._over = threading.Event()
+    self._scorers = {
+      r.name: open_scorer(r, text_backend, self._over) for r in rewards
+    }
     self._ledger = ledger.Ledger(folder, jax.process_index())
     # What was seen of failures and drifts, by step; all processes read it.
     self._watched = pathlib.Path(folder) / "watched.jsonl"
@@ -188,7 +191,8 @@ class Rewarder:
     )
 
   def close(self) -> None:
-    """Waits for nothing."""
+    """Waits for no server; Python waits for the pool's threads as it ends."""
+    self._over.set()
     self._pool.shutdown(wait=False, cancel_futures=True)
     if self._journal:
       self._journal.close()
