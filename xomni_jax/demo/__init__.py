@@ -169,6 +169,7 @@ def learn(workdir: pathlib.Path, steps: int) -> None:
     "init.model=tiny-sft",
     "init.flux=tiny-sft",
     f"phases.1_all.steps={steps}",
+    f"phases.1_all.warmup_steps={min(5, steps // 2)}",
     "report.eval_every=0",
     f"report.preview_every={max(1, steps // 4)}",
     f"checkpoint.every={steps}",
