@@ -214,7 +214,9 @@ def test_indices_outside_the_world_raise(i):
 
 
 def test_unknown_levels_and_splits_are_refused():
-  with pytest.raises(InputError, match=r"no level 'maps'.*signs, posters"):
+  with pytest.raises(
+    InputError, match=r"no level 'maps'.*signs, posters, signs-zh"
+  ):
     open_world("maps")
   with pytest.raises(InputError, match=r"no split 'valid'.*validation"):
     open_world("signs", "valid")

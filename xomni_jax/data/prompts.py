@@ -93,7 +93,7 @@ class _WorldPrompts:
   def __init__(self, level: str, split: str = "train"):
     self._world = world.open_world(level, split)
     # Signs are also drawn at other sizes, by models too small for their own.
-    self._sized = level != "signs"
+    self._sized = level == "posters"
 
   def __len__(self) -> int:
     return len(self._world)
@@ -104,6 +104,7 @@ class _WorldPrompts:
       self._world.name(i),
       self._world.prompt(i),
       self._world.sign(i).lines,
+      lang=self._world.lang,
       size=(height, width) if self._sized else None,
     )
 

@@ -1,15 +1,15 @@
 """The drawn world: signs and posters, without end, functions of their index.
 
 Level "signs" has one or two words in colour on a coloured board, sometimes
-with a shape; level "posters" 4 to 6 lines. Every character fills one fixed
-cell of 16 px, the size of an image token, so that even the smallest model can
-learn to read and write them.
+with a shape; level "posters" 4 to 6 lines; level "signs-zh" signs in Chinese.
+Every character fills one fixed cell of 16 px, the size of an image token, so
+that even the smallest model can learn to read and write them.
 """
 
 import dataclasses
 from typing import Any
 
-from xomni_jax.data import world_posters, world_signs
+from xomni_jax.data import world_posters, world_signs, world_signs_zh
 from xomni_jax.data.world_paint import COLOURS, SHAPES
 from xomni_jax.data.world_posters import Poster
 from xomni_jax.data.world_signs import Sign
@@ -30,7 +30,11 @@ __all__ = [
   "words",
 ]
 
-_LEVELS = {"signs": world_signs, "posters": world_posters}
+_LEVELS = {
+  "signs": world_signs,
+  "posters": world_posters,
+  "signs-zh": world_signs_zh,
+}
 LEVELS = tuple(_LEVELS)
 # Words are told apart by their checksum modulo 16, see `word_split`.
 SPLITS = ("train", "validation", "test", "held-out")
@@ -47,6 +51,11 @@ class World:
 
   level: str
   split: str
+
+  @property
+  def lang(self) -> str:
+    """Of what images say, "en" or "zh"."""
+    return _LEVELS[self.level].LANG
 
   def __len__(self) -> int:
     return 2**31 - 1
@@ -124,11 +133,12 @@ def open_world(level: str, split: str = "train") -> World:
   """The drawn world as a source of records.
 
   Args:
-    level: "signs" or "posters".
+    level: "signs", "posters", or "signs-zh".
     split: "train"; "validation" and "test", whose texts each have a word that
       "train" never shows; "held-out" has the texts of both.
   Raises:
-    InputError: no such level or split.
+    InputError: no such level or split. A record raises it, once it is drawn,
+      where the font is not installed.
   """
   for what, value, known in (
     ("level", level, LEVELS),

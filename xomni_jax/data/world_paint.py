@@ -52,11 +52,28 @@ def _font():
 
 
 @functools.cache
+def _chinese_font():
+  try:
+    import pylopdf_fonts_zh_cn
+  except ImportError:
+    raise InputError(
+      "Chinese signs need the font in the package pylopdf-fonts-zh-cn; install "
+      "it: pip install pylopdf-fonts-zh-cn"
+    ) from None
+  path = pylopdf_fonts_zh_cn.sans_path()
+  return ImageFont.truetype(path, 15, layout_engine=ImageFont.Layout.BASIC)
+
+
+@functools.cache
 def glyph_ink(character: str) -> np.ndarray:
   """u8[32, 16] of ink, the capital's body in the upper cell."""
   image = Image.new("L", (CELL, 2 * CELL))
+  if character.isascii():
+    place, font, anchor = (CELL // 2, CELL - 1), _font(), "ms"
+  else:
+    place, font, anchor = (CELL // 2, CELL - 3), _chinese_font(), "ms"
   ImageDraw.Draw(image).text(
-    (CELL // 2, CELL - 1), character, fill=255, font=_font(), anchor="ms"
+    place, character, fill=255, font=font, anchor=anchor
   )
   return np.asarray(image)
 

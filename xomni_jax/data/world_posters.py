@@ -15,6 +15,7 @@ from xomni_jax.data import world_paint
 from xomni_jax.data.world_paint import CELL
 from xomni_jax.data.world_words import DIGITS, Picks, draw_code, words_of
 
+LANG = "en"
 COLUMNS, ROWS = 8, 13
 SIZE = (CELL * COLUMNS, CELL * ROWS)
 _COUNTS = (4, 5, 6)  # of lines

@@ -10,6 +10,7 @@ from xomni_jax.data import world_paint
 from xomni_jax.data.world_paint import CELL
 from xomni_jax.data.world_words import DIGITS, Picks, draw_code, words_of
 
+LANG = "en"
 CELLS = 6
 SIZE = (CELL * CELLS, CELL * CELLS)
 # Rows of cells of the first and the second word; both begin at column 0.
