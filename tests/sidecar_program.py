@@ -6,7 +6,8 @@ and with "ray": true under Ray Serve.
 
 The score is the image's mean brightness; a prompt may ask for trouble:
 "poison" makes the whole batch raise, "nan" scores NaN, "lost" gives no score
-for the batch, "die" ends the process, "sleep 2" takes 2 s.
+for the batch, "die" ends the process, "sleep 2" takes 2 s. Some spoil the reply
+as a whole, without Ray only: "says 500", "says half", "says nan", "says html".
 """
 
 import json
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 
+from xomni_jax.rewards import wire
 from xomni_jax.rewards.wire import Score
 from xomni_jax.sidecar import __main__ as program
 from xomni_jax.sidecar import engines, ray_app
@@ -39,7 +41,7 @@ def brightness(items):
       item.id,
       True,
       float("nan") if item.prompt == "nan" else float(item.image.mean()) / 255,
-      {"batch": len(items)},
+      {"batch": len(items), "prompt": item.prompt},
       None,
       REV,
     )
@@ -60,8 +62,30 @@ def reward(app):
   )
 
 
+def spoiled(to_json):
+  """`wire.scores_to_json`, but for replies that are asked to be bad."""
+
+  def reply(scores, latency_ms):
+    body = to_json(scores, latency_ms)
+    asked = {s.raw["prompt"] for s in scores if s.ok}
+    entries = json.loads(body)["items"]
+    if "says 500" in asked:
+      raise RuntimeError("broken")
+    if "says html" in asked:
+      return b"<html>"
+    if "says half" in asked:
+      entries = entries[: len(entries) // 2]
+    for entry in entries:
+      if entry["ok"] and entry["raw"]["prompt"] == "says nan":
+        entry["score"] = float("nan")
+    return json.dumps({"items": entries, "latency_ms": latency_ms}).encode()
+
+  return reply
+
+
 def main():
   said = json.loads(sys.argv[1])
+  wire.scores_to_json = spoiled(wire.scores_to_json)
   under_ray = said.pop("ray", False)
   app = App(**{"name": "brightness", "reward": "brightness", **said})
   if under_ray:
