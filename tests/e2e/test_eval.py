@@ -183,8 +183,8 @@ def test_images_depend_on_prompt_and_sample_alone(tiny):
 
 def test_true_codes_are_painted_as_the_model_decodes_them(tiny):
   """The noise apart, which the same codes and keys share with a draw."""
-  some = asked.open_asked("world:signs:test", 2)
-  pictures = asked.true_images("world:signs:test", range(2))
+  some = asked.open_asked("world:signs:test", 4)
+  pictures = asked.true_images("world:signs:test", range(4))
   drawer = drawing.Drawer(tiny, 7, 2)
   seen = {}
   paint = drawer._paint
@@ -194,8 +194,8 @@ def test_true_codes_are_painted_as_the_model_decodes_them(tiny):
     return paint(codes, texts, keys)
 
   drawer._paint = spy
-  made = drawer.repaint(pictures, some, range(2))
-  assert made.shape == (2, 96, 96, 3) and made.dtype == np.uint8
+  made = drawer.repaint(pictures, some, range(4))
+  assert made.shape == (4, 96, 96, 3) and made.dtype == np.uint8
   for codes, picture in zip(seen["codes"], pictures, strict=True):
     assert np.array_equal(codes, tiny.encode(picture))
 

@@ -1,9 +1,11 @@
 """Guidance, temperature and min-p before and after reinforcement learning.
 
-All settings are drawn for validation prompts. The one with the most exact
-images there is drawn for test prompts, and so is temperature 1 without
-guidance and filters: its gain over that is a paired difference, free of the
-luck of the choice. Each engine makes its own choice.
+All settings are drawn for validation prompts. The plain one, temperature 1
+without guidance and filters, and of the others the one with the most exact
+images there are drawn for test prompts: its gain over the plain one is a
+paired difference, free of the luck of the choice. Each engine makes its own
+choice. The plain one can't be chosen even where it is the best: a gain over
+itself, which is 0 without any interval, would say nothing.
 """
 
 import itertools
@@ -76,18 +78,20 @@ def choose(
   rows: Mapping[Key, Readings],
   asked: Sequence[Asked],
 ) -> dict[str, dict[str, str]]:
-  """{model: {engine: the best setting}}; of equal ones the plainest.
+  """{model: {engine: the best of the settings that are not plain}}.
 
   Args:
     asked: validation prompts; rows of test prompts are not looked at.
   Raises:
     InputError: rows are missing.
   """
+  others = [name for name in grid() if name != BASE]
   found: dict[str, dict[str, str]] = {}
   for model in identity["models"]:
     for engine in identity["engines"]:
-      lines = _lines(identity, rows, asked, VALIDATION, model, engine, grid())
-      best = max(grid(), key=lambda k, of=lines["exact"]: _mean(of[k]))
+      lines = _lines(identity, rows, asked, VALIDATION, model, engine, others)
+      # Of equal ones the first, which is the plainest.
+      best = max(others, key=lambda k, of=lines["exact"]: _mean(of[k]))
       found.setdefault(model, {})[engine] = best
   return found
 
@@ -135,8 +139,7 @@ def summary(
       lines = _lines(identity, rows, validation, VALIDATION, *at, grid())
       for metric, line in lines.items():
         first |= {(*at, metric, name): x for name, x in line.items()}
-      names = dict.fromkeys([BASE, best])
-      lines = _lines(identity, rows, test, TEST, *at, names)
+      lines = _lines(identity, rows, test, TEST, *at, [BASE, best])
       for metric, line in lines.items():
         second |= {("test", *at, metric, k): x for k, x in line.items()}
         second["gain", *at, metric] = line[best] - line[BASE]

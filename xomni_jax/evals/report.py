@@ -153,8 +153,10 @@ def cfg_text(runs: Runs) -> str:
       parts += ["absent: it was not installed", ""]
       continue
     parts += [
-      "### Gain of the setting that is best on validation prompts over "
-      f"{cfg.BASE}, on test prompts, paired: exact, points",
+      "### Gain over the plain setting on test prompts, paired: exact, points",
+      "",
+      f"Plain is {cfg.BASE}, no filter; of the others, the best on validation "
+      "prompts.",
       "",
       _gains(runs, engine),
       "",
@@ -170,7 +172,7 @@ def cfg_text(runs: Runs) -> str:
 
 
 def _gains(runs, engine):
-  heads = ("model", "seed", "best setting", "it", "plain", "gain")
+  heads = ("model", "seed", "best other setting", "it", "plain", "gain")
   rows = [[*heads, "upper bound"]]
   for model in _any(runs)["identity"]["models"]:
     for name, run in runs.items():
