@@ -203,9 +203,12 @@ def says(out: str) -> list[str]:
   return [x for x in out.splitlines() if x and not x.startswith("[Gloo]")]
 
 
-def signal_after(process, workdir, step: int, number=signal.SIGKILL) -> None:
-  """Sends a signal as soon as the metrics of a step are on disk."""
-  path, deadline = pathlib.Path(workdir) / "metrics.jsonl", time.time() + 240
+def signal_after(
+  process, workdir, step: int, number=signal.SIGKILL, path=None
+) -> None:
+  """Sends a signal as soon as a step is in a file; None: in the metrics."""
+  path = path or pathlib.Path(workdir) / "metrics.jsonl"
+  deadline = time.time() + 240
   mark = f'{{"step": {step},'
   while process.poll() is None and time.time() < deadline:
     if path.exists() and mark in path.read_text():

@@ -4,6 +4,7 @@ Runs are the real command on the golden checkpoint, six steps, a checkpoint
 every second; the reward is asked over HTTP. See tests/train_runs.py.
 """
 
+import pathlib
 import signal
 import threading
 
@@ -37,10 +38,20 @@ def alone(request, server, tmp_path_factory):
   assert status == 0, err[-3000:]
   losses = [m["grpo/grad_norm"] for m in runs.metrics(folder / "alone")]
   assert len(losses) == STEPS and all(losses)
-  per_rollout = WAYS[request.param].get("minibatches", 1) * 8
   rollouts = -(-STEPS // (4 if request.param == "epochs" else 1))
-  assert len(server.asked) == rollouts * per_rollout  # each image once
+  assert len(server.asked) == rollouts * images(folder)  # each image once
   return config, folder
+
+
+def images(folder):
+  """Of a rollout."""
+  return WAYS[folder.name.rstrip("0")].get("minibatches", 1) * 8
+
+
+def ledger(workdir):
+  return sorted(
+    (pathlib.Path(workdir) / "rewards" / "scores-0.jsonl").open().readlines()
+  )
 
 
 def assert_as_alone(workdir, folder):
@@ -48,19 +59,23 @@ def assert_as_alone(workdir, folder):
     runs.state(workdir, STEPS), runs.state(folder / "alone", STEPS)
   )
   assert runs.metrics(workdir) == runs.metrics(folder / "alone")
+  assert ledger(workdir) == ledger(folder / "alone")  # each score once
 
 
 def killed(server, config, workdir, when, step):
-  """Kills a run at a step: as its metrics are there, or as it is scored."""
+  """Kills a run at a step: as it draws, as it is scored, or as it learns."""
   process = runs.start(config, workdir)
-  if when == "drawing":  # the next rollout
+  if when == "drawing":  # the next rollout, as soon as there are metrics
     runs.signal_after(process, workdir, step)
+  elif when == "updating":  # from a rollout whose rewards were just heard
+    seen = workdir / "rewards" / "watched.jsonl"
+    runs.signal_after(process, workdir, step, path=seen)
   else:
-    # The requests of a step after the next are held until the run is dead.
+    # The request for the rollout after so many is held until the run is dead.
     first, dead = len(server.asked), threading.Event()
 
     def on_request(count):
-      if count - first > 8 * step and not dead.is_set():
+      if count - first > images(workdir.parent) * step and not dead.is_set():
         process.send_signal(signal.SIGKILL)
         dead.set()
 
@@ -74,19 +89,25 @@ def killed(server, config, workdir, when, step):
   [
     ("drawing", 3),
     pytest.param("scoring", 2, marks=pytest.mark.slow),
+    pytest.param("updating", 3, marks=pytest.mark.slow),
     pytest.param("drawing", 1, marks=pytest.mark.slow),
     pytest.param("drawing", 4, marks=pytest.mark.slow),
   ],
 )
 def test_killed_run_ends_as_if_left_alone(alone, server, when, step):
   config, folder = alone
-  if when == "scoring" and "epochs" in folder.name:
-    step = 1  # there are two rollouts alone
-  workdir = folder / f"{when}-{step}"
+  if "epochs" in folder.name:  # there are two rollouts, at steps 0 and 4
+    step = {"scoring": 1, "updating": 4}.get(when, step)
+  workdir, first = folder / f"{when}-{step}", len(server.asked)
   killed(server, config, workdir, when, step)
   status, _, err = runs.run(config, workdir)
   assert status == 0, err[-3000:]
   assert_as_alone(workdir, folder)
+  # What was asked when the run died is asked again, and nothing else is.
+  again = len(server.asked) - first - len(ledger(workdir))
+  assert 0 <= again <= images(folder)
+  if when == "updating" and "overlap" not in folder.name:
+    assert again == 0
 
 
 def test_preempted_run_saves_and_goes_on(alone, server):
