@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers import GOLDEN
 from xomni_jax import cli
-from xomni_jax.evals import asked, drawing, reading, rows
+from xomni_jax.evals import asked, command, drawing, reading, rows
 from xomni_jax.inference.sampling import Sampling
 from xomni_jax.rewards.wire import Item
 
@@ -112,8 +112,8 @@ def test_measurement_that_is_killed_goes_on_to_the_same_figures(
   measured, folders, tmp_path
 ):
   argv = _argv("best-of-n", folders, tmp_path, "--control", folders["sft"])
-  command = [sys.executable, "-m", "xomni_jax", *argv, "--n", "1,2"]
-  run = subprocess.Popen(command, cwd=pathlib.Path(__file__).parents[2])
+  program = [sys.executable, "-m", "xomni_jax", *argv, "--n", "1,2"]
+  run = subprocess.Popen(program, cwd=pathlib.Path(__file__).parents[2])
   path, deadline = tmp_path / "best-of-n.rows.jsonl", time.time() + 300
   lines = lambda: path.read_bytes().count(b"\n") if path.exists() else 0
   while run.poll() is None and lines() < 11 and time.time() < deadline:
@@ -236,6 +236,34 @@ def test_bad_argument_is_one_line(folders, tmp_path, capsys, more, says):
   err = capsys.readouterr().err
   assert says in err and len(err.splitlines()) == 1
   assert not (tmp_path / "out").exists()
+
+
+def test_model_without_a_decoder_is_one_line(folders, tmp_path, capsys):
+  argv = _argv("best-of-n", folders, tmp_path / "out")
+  place = argv.index("--flux")
+  assert cli.main([*argv[:place], *argv[place + 2 :]]) == 2
+  err = capsys.readouterr().err
+  assert "--flux" in err and len(err.splitlines()) == 1
+
+
+def test_processes_that_read_load_no_jax():
+  says = "import sys, xomni_jax.evals.reading; print('jax' in sys.modules)"
+  out = subprocess.check_output(
+    [sys.executable, "-c", says], cwd=pathlib.Path(__file__).parents[2]
+  )
+  assert out.decode().strip() == "False"
+
+
+def test_prompts_to_choose_on_are_the_sources_or_named(
+  folders, tmp_path, capsys
+):
+  assert command._validation_of("world:posters:test") == (
+    "world:posters:validation"
+  )
+  argv = _argv("cfg", folders, tmp_path / "out", "--source", "world:signs")
+  assert cli.main(argv) == 2
+  err = capsys.readouterr().err
+  assert "--validation" in err and len(err.splitlines()) == 1
 
 
 def test_judge_that_is_not_installed_is_left_out(monkeypatch):

@@ -11,7 +11,7 @@ from PIL import Image
 from xomni_jax.data import world
 from xomni_jax.data.prompts import open_prompts
 from xomni_jax.errors import InputError
-from xomni_jax.inference import checkpoint
+from xomni_jax.inference import checkpoint, shipped
 
 _WORLD = "world:"
 # Of a weight file up to _WHOLE bytes all is hashed, of a larger one this many
@@ -112,6 +112,11 @@ def weights_hash(model: str, flux: str | None) -> str:
   Raises:
     InputError: the files do not make a model.
   """
+  if flux is None and shipped.find(model) is None:
+    raise InputError(
+      f"painting what {model} draws needs FLUX.1-dev's parts; name them with "
+      "--flux"
+    )
   opened = checkpoint.open_checkpoint(model)
   decoder = checkpoint.open_decoder(opened, flux or model)
   parts = {**opened.parts, **decoder.parts}

@@ -75,9 +75,9 @@ def _parse(argv):
   _measure_flags(sub)
   sub.add_argument(
     "--validation",
-    default="world:signs:validation",
     metavar="SOURCE",
-    help="prompts that the best setting is chosen on",
+    help="prompts that the best setting is chosen on; unset: the validation "
+    "split of --source, a test split of the drawn world",
   )
   sub.add_argument(
     "--validation-count", type=int, default=500, help="of these prompts"
@@ -136,14 +136,24 @@ def _best_of_n(args):
 
 def _cfg(args):
   with _Bench(args, cfg.NAME) as bench:
-    first = bench.ask(cfg.VALIDATION, args.validation, args.validation_count)
+    validation = args.validation or _validation_of(args.source)
+    first = bench.ask(cfg.VALIDATION, validation, args.validation_count)
     second = bench.ask(cfg.TEST, args.source, args.count)
-    bench.open({"validation": args.validation})
+    bench.open({"validation": validation})
     identity, found = bench.identity, bench.rows.found
     bench.measure(cfg.validation_settings(identity), first)
     chosen = cfg.choose(identity, found, first)
     bench.measure(cfg.test_settings(identity, chosen), second)
     bench.write(cfg.summary(identity, found, first, second))
+
+
+def _validation_of(source):
+  if not (asked.has_images(source) and source.endswith(":test")):
+    raise InputError(
+      f"--source is {source}, which has no validation split of its own; name "
+      "other prompts with --validation"
+    )
+  return source.removesuffix("test") + "validation"
 
 
 class _Bench(contextlib.ExitStack):
