@@ -92,9 +92,15 @@ FILTERS = {
 }
 
 
-@pytest.mark.parametrize("name", FILTERS)
-def test_training_scores_what_the_sampler_drew(name, tmp_path):
-  config = settings(**{f"options__{k}": v for k, v in FILTERS[name].items()})
+@pytest.mark.parametrize(
+  ("name", "dtype"),
+  [*((name, "float32") for name in FILTERS), ("all", "bfloat16")],
+)
+def test_training_scores_what_the_sampler_drew(name, dtype, tmp_path):
+  config = settings(
+    compute__dtype=dtype,
+    **{f"options__{k}": v for k, v in FILTERS[name].items()},
+  )
   cfg, arch = configure.parse(config, "test")
   program = build.program(cfg, arch, config)
   mesh = make_mesh(devices=jax.devices()[:1])
@@ -108,7 +114,7 @@ def test_training_scores_what_the_sampler_drew(name, tmp_path):
     # Prompts of several lengths: padded on the left by as many.
     lengths = {len(roller.tokenizer.encode(p.text)) for p in prompts}
     assert len(lengths) > 1
-    drawn = roller.draw(params["ar"], prompts, 0)
+    drawn = roller.draw(run._policy(params), prompts, 0)
     measure = step.rows_step(cfg, layout, program.measure)
     rows = run._measured(
       lambda rows: measure(flatten(params), step.place_whole(rows, mesh)),
@@ -116,7 +122,9 @@ def test_training_scores_what_the_sampler_drew(name, tmp_path):
     )
   assert (drawn.support is None) == (name in ("plain", "temperature"))
   gap = np.abs(rows["logp_old"] - rows["logp_sampler"])
-  assert gap.max() < 1e-4  # float32, in another order of operations
+  # Another order of operations; the mean is metric sampler_gap.
+  most, mean = {"float32": (1e-4, 1e-5), "bfloat16": (0.5, 0.05)}[dtype]
+  assert gap.max() < most and gap.mean() < mean
 
 
 def test_padding_of_prompts_changes_no_code(tmp_path):
@@ -142,7 +150,13 @@ def test_padding_of_prompts_changes_no_code(tmp_path):
   assert gap.max() < 1e-4
 
 
-@pytest.mark.parametrize("filters", ["plain", "all"])
+SOME_FILTERS = [
+  pytest.param(name, marks=() if name in ("plain", "all") else pytest.mark.slow)
+  for name in FILTERS
+]
+
+
+@pytest.mark.parametrize("filters", SOME_FILTERS)
 def test_ratio_is_one_at_the_first_update(
   tmp_path, monkeypatch, codes_as_images, filters
 ):
@@ -154,9 +168,30 @@ def test_ratio_is_one_at_the_first_update(
   )
   found = train(config, tmp_path, monkeypatch, share_of(WANTED))
   off = [metrics["grpo/ratio_off"] for metrics in found]
-  # A rollout is gone through twice: only the first time nothing has moved.
-  assert off[0] < 1e-6 and off[2] < 1e-6, off
+  # A rollout is gone through twice: only the first time nothing has moved. A
+  # mean over 192 tokens: none is further off than 1e-6.
+  assert 192 * off[0] < 1e-6 and 192 * off[2] < 1e-6, off
   assert off[1] > 1e-3 and off[3] > 1e-3, off
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("filters", FILTERS)
+def test_log_probs_stay_finite_after_many_updates(
+  tmp_path, monkeypatch, codes_as_images, filters
+):
+  """Until most of what was drawn is outside what a filter would keep now."""
+  config = settings(
+    phases__1_all__steps=60,
+    options__epochs=4,
+    options__beta=0.1,
+    optim__lr=1e-2,
+    **{f"options__{k}": v for k, v in FILTERS[filters].items()},
+  )
+  found = train(config, tmp_path, monkeypatch, share_of(WANTED))
+  for metrics in found:
+    assert all(np.isfinite(v) for v in metrics.values()), metrics
+    assert metrics["grpo/kl"] >= -1e-7
+  assert max(m["grpo/ratio_off"] for m in found) > 0.1
 
 
 def test_reward_rises_and_a_large_beta_holds_it(
