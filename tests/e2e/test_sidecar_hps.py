@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.sidecar_client import scores, served
 from xomni_jax.errors import InputError
 from xomni_jax.rewards.wire import Item
 from xomni_jax.sidecar import engines, hps
@@ -150,6 +151,19 @@ def test_hps_score_does_not_depend_on_its_batch(reward):
   together = [s.score for s in reward.score(items)]
   alone = [reward.score([item])[0].score for item in items]
   np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_hps_behind_a_sidecar_scores_as_in_this_process(files, reward):
+  items = [Item(str(i), picture(i), f"a picture {i}") for i in range(3)]
+  command = ["xomni_jax.sidecar", "--config", "configs/sidecar.py:tiny"]
+  more = ["--app", "hps", "--no-ray", "--set", "port=0"]
+  for setting in (f"checkpoint={files[0]}", f"arch={files[1]}", "device=cpu"):
+    more += ["--set", f"settings.{setting}"]
+  with served([*command, *more], seconds=240) as url:
+    theirs = scores(url, items)
+  for ours, found in zip(reward.score(items), theirs, strict=True):
+    assert found.ok and found.model_rev == ours.model_rev
+    assert found.score == pytest.approx(ours.score, abs=1e-6)
 
 
 @pytest.mark.parametrize(
