@@ -19,10 +19,11 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from xomni_jax import mesh as mesh_lib
 from xomni_jax.errors import InputError
+from xomni_jax.inference import sheets
+from xomni_jax.inference.sheets import Picture
 from xomni_jax.training import log as log_lib
 from xomni_jax.training import peaks, pictures
 from xomni_jax.training.preemption import EXIT_PREEMPTED, Preemption
-from xomni_jax.training.stage import Picture
 
 PROGRESS = {"seconds": 0.5, "wait": 0.021, "tokens": 4096}
 
@@ -236,7 +237,7 @@ def test_grid_shows_every_picture_above_its_caption(tmp_path):
     Picture(Image.new("RGB", (16, 48), c), f"caption {i}\nschön 好")
     for i, c in enumerate(colours)
   ]
-  page = pictures.grid(made, columns=3)
+  page = sheets.grid(made, columns=3)
   pixels = np.asarray(page).astype(int)
   tops, lefts = [], []
   for colour in colours:
@@ -253,7 +254,7 @@ def test_grid_shows_every_picture_above_its_caption(tmp_path):
 
 
 def test_captions_are_broken_at_the_width_and_cut(tmp_path):
-  page = pictures.grid(
+  page = sheets.grid(
     [Picture(Image.new("RGB", (300, 20)), text) for text in ("word " * 999, "x" * 99, "")]
   )  # fmt: skip
   assert page.width == 3 * 308 + 8

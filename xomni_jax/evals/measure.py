@@ -13,15 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from xomni_jax.errors import RunError
 from xomni_jax.evals import asked as asked_lib
-from xomni_jax.evals import sheets
 from xomni_jax.evals.asked import Asked
 from xomni_jax.evals.drawing import Drawer
 from xomni_jax.evals.reading import Readers, Readings
 from xomni_jax.evals.rows import Key, Rows
+from xomni_jax.inference import sheets
 from xomni_jax.inference.sampling import Sampling
 from xomni_jax.rewards.wire import Item
 
@@ -174,7 +175,7 @@ class _Keeper:
   def __init__(self, asked, rows, folder, bar):
     self._asked, self._rows, self._folder = asked, rows, folder
     self._bar = bar
-    self._cells: dict[str, dict[int, sheets.Cell]] = {}
+    self._cells: dict[str, dict[int, sheets.Picture]] = {}
     self._seen: collections.Counter = collections.Counter()
 
   def __call__(
@@ -209,9 +210,11 @@ class _Keeper:
       if key.prompt < SHOWN and key.sample == 0:
         lines = [" / ".join(self._asked[key.prompt].targets)]
         lines += [_said(name, r) for name, r in readings.items()]
-        cells[key.prompt] = sheets.Cell(image.copy(), lines)
+        cells[key.prompt] = sheets.Picture(
+          Image.fromarray(image.copy()), "\n".join(lines)
+        )
     if len(cells) == min(SHOWN, len(self._asked)):
-      page = sheets.sheet([cells[n] for n in sorted(cells)])
+      page = sheets.grid([cells[n] for n in sorted(cells)], columns=8)
       sheets.save(path, page)
       del self._cells[setting.name]
 

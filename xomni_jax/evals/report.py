@@ -48,18 +48,15 @@ def write(
   text, made = [], [out / "report.md"]
   try:
     out.mkdir(parents=True, exist_ok=True)
-    if runs := found.get(best_of_n.NAME):
-      _check_same(runs)
-      path = out / "best-of-n.png"
-      path.write_bytes(plots.best_of_n(runs))
-      made.append(path)
-      text.append(best_of_n_text(runs))
-    if runs := found.get(cfg.NAME):
-      _check_same(runs)
-      path = out / "cfg.png"
-      path.write_bytes(plots.cfg_gains(runs))
-      made.append(path)
-      text.append(cfg_text(runs))
+    for name, plot, table in (
+      (best_of_n.NAME, plots.best_of_n, best_of_n_text),
+      (cfg.NAME, plots.cfg_gains, cfg_text),
+    ):
+      if runs := found.get(name):
+        _check_same(runs)
+        made.append(out / f"{name}.png")
+        made[-1].write_bytes(plot(runs))
+        text.append(table(runs))
     made[0].write_text("\n".join(text), encoding="utf-8")
   except OSError as e:
     raise InputError(f"{out} can't be written ({e.strerror})") from None

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,18 +14,11 @@ from xomni_jax.config import Architecture, Compute
 from xomni_jax.data import images, protocol
 from xomni_jax.data.boundary import codes_grid
 from xomni_jax.errors import InputError
-from xomni_jax.inference import arguments, sampling
+from xomni_jax.inference import arguments, programs, sampling
 from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference.painter import Painter
 from xomni_jax.inference.sampling import Drawn, Sampling
 from xomni_jax.mesh import describe, to_host
-from xomni_jax.models import ar, siglip, vq
-
-# Prompts are padded to a multiple of this, so that a new length seldom means a
-# new program.
-_PROMPT_BUCKET = 32
-# Tokens of an answer made by one call, between two looks at the progress bar.
-_TEXT_RUN = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +113,7 @@ class Model:
   def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
     """Codes i32[B, h, w] of preprocessed images, f32[B, H, W, 3] in [-1, 1]."""
     with jax.set_mesh(self.mesh):
-      codes = _encode(
+      codes = programs.encode(
         self.params["siglip"],
         self.params["vq"],
         pixels,
@@ -161,7 +153,7 @@ class Model:
     codes = codes_grid(codes, self.config.vq.codebook_size)
     default = self.config.decoder
     with jax.set_mesh(self.mesh):
-      features = _features(
+      features = programs.features(
         self.params["vq"],
         codes[None],
         quantiser=self.config.vq,
@@ -334,34 +326,22 @@ class Model:
     ends = self.config.eos_token_ids
     if document:
       ends = (*ends, self.tokenizer.pad_id)
-    # Rounded up to whole runs, so that another limit is no other program.
-    runs = -(-max_new_tokens // _TEXT_RUN)
-    tokens: list[int] = []
     with (
       jax.set_mesh(self.mesh),
       self._bar(None, "answering", "token", max_new_tokens) as bar,
     ):
-      state = self._prefill(
-        [list(ids)], sampling.sequence_keys(seed, 1), runs * _TEXT_RUN, (1,)
+      return programs.continue_text(
+        self.params["ar"],
+        list(ids),
+        sampling.sequence_keys(seed, 1),
+        cfg=self.config.ar,
+        compute=self.compute,
+        how=how,
+        limit=max_new_tokens,
+        ends=ends,
+        pad_id=self.tokenizer.pad_id,
+        made=bar.update,
       )
-      for _ in range(runs):
-        state, new, made = sampling.text_steps(
-          self.params["ar"],
-          state,
-          cfg=self.config.ar,
-          compute=self.compute,
-          sampling=how,
-          steps=_TEXT_RUN,
-          ends=ends,
-        )
-        tokens += to_host(new)[0, : int(made)].tolist()
-        bar.update(int(made))
-        if state.done.all():
-          break
-    tokens = tokens[:max_new_tokens]
-    if tokens[-1] in ends:
-      tokens.pop()
-    return tokens
 
   def logits(self, tokens, mode: str = "text", mask=None) -> np.ndarray:
     """Next-token logits at every position.
@@ -382,7 +362,7 @@ class Model:
       raise InputError(f"mode is {mode!r}, expected 'text' or 'image'")
     with jax.set_mesh(self.mesh):
       return to_host(
-        _logits(
+        programs.logits(
           self.params["ar"],
           tokens,
           mask,
@@ -417,25 +397,18 @@ class Model:
     if how.cfg_scale != 1:
       # One negative row serves all: it sees no prompt.
       rows, copies = [*rows, prefix], (*copies, len(keys))
-    drawn = []
     with jax.set_mesh(self.mesh):
-      state = self._prefill(rows, keys, h * w, copies)
-      for _ in range(h):
-        state, new = sampling.image_steps(
-          self.params["ar"],
-          state,
-          cfg=self.config.ar,
-          compute=self.compute,
-          sampling=how,
-          steps=w,
-        )
-        drawn.append(new)
-        if bar is not None and self._progress:
-          new.token.block_until_ready()  # the bar shows work done, not queued
-          bar.update(new.token.size)
-      return jax.tree.map(
-        lambda *parts: np.concatenate([to_host(x) for x in parts], axis=1),
-        *drawn,
+      return programs.draw_codes(
+        self.params["ar"],
+        rows,
+        copies,
+        keys,
+        grid,
+        cfg=self.config.ar,
+        compute=self.compute,
+        how=how,
+        pad_id=self.tokenizer.pad_id,
+        made=bar.update if bar is not None and self._progress else None,
       )
 
   def _paint_all(self, codes, batch, keys) -> list[Image.Image]:
@@ -449,48 +422,7 @@ class Model:
       for i, c in enumerate(codes)
     ]
 
-  def _prefill(self, sequences, keys, steps, copies):
-    tokens, mask = protocol.left_pad(
-      sequences, self.tokenizer.pad_id, _PROMPT_BUCKET
-    )
-    return sampling.prefill(
-      self.params["ar"],
-      tokens,
-      mask,
-      keys,
-      cfg=self.config.ar,
-      compute=self.compute,
-      steps=steps,
-      copies=copies,
-    )
-
   def _bar(self, items, what, unit, total=None):
     return tqdm(
       items, desc=what, unit=unit, total=total, disable=not self._progress
     )
-
-
-@partial(jax.jit, static_argnames=("vit", "quantiser", "compute"))
-def _encode(vit_params, vq_params, pixels, *, vit, quantiser, compute):
-  """Codes i32[B, h, w] of pixels f32[B, H, W, 3]."""
-  features = siglip.Siglip(vit, compute).apply({"params": vit_params}, pixels)
-  return vq.VQ(quantiser, compute).apply(
-    {"params": vq_params}, features, method="encode"
-  )
-
-
-@partial(jax.jit, static_argnames=("quantiser", "compute"))
-def _features(vq_params, codes, *, quantiser, compute):
-  """Semantic features [B, h*w, Z] of codes i32[B, h, w]."""
-  x = vq.VQ(quantiser, compute).apply(
-    {"params": vq_params}, codes, method="decode"
-  )
-  return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-@partial(jax.jit, static_argnames=("cfg", "compute", "mode"))
-def _logits(params, tokens, mask, *, cfg, compute, mode):
-  hidden, _ = ar.XOmniAR(cfg, compute).apply(
-    {"params": params}, tokens, ar.positions_of(mask), mask
-  )
-  return ar.joint_logits(params, hidden, cfg, mode)

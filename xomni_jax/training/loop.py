@@ -18,6 +18,7 @@ from xomni_jax import mesh as mesh_lib
 from xomni_jax.checkpoints import runs as runs_lib
 from xomni_jax.data.pipeline import BadRecords
 from xomni_jax.errors import InputError, RunError
+from xomni_jax.inference import sheets
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import log as log_lib
 from xomni_jax.training import optim, pictures, start
@@ -286,7 +287,7 @@ class _Run:
       with self.meter.paused():
         made = self.stage.preview(self._params(), self.step)
         if made and jax.process_index() == 0:
-          self._show("samples", pictures.grid(made))
+          self._show("samples", sheets.grid(made))
         if self.stage.curves and jax.process_index() == 0:
           shown = pictures.curves(self.log.metrics(), self.stage.curves)
           self._show("curves", shown)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from PIL import Image
 
+from xomni_jax.inference.sheets import Picture
 from xomni_jax.params import Row
 
 Params = dict[str, Any]
@@ -50,13 +50,6 @@ class Context(NamedTuple):
 def row_keys(key: jax.Array, ids: jax.Array) -> jax.Array:
   """A key for each row, by its record's id i32[B] and not by its place."""
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-
-
-class Picture(NamedTuple):
-  """An image of a preview and the lines under it."""
-
-  image: Image.Image
-  caption: str
 
 
 @dataclasses.dataclass(frozen=True)

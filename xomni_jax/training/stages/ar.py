@@ -17,6 +17,7 @@ from xomni_jax.data import images, pipeline, protocol, records, sequences
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference import fresh, loading, qwen, sampling
+from xomni_jax.inference.sheets import Picture
 from xomni_jax.models import ar
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import flops, losses
@@ -25,7 +26,6 @@ from xomni_jax.training.stage import (
   Context,
   Params,
   Part,
-  Picture,
   Program,
   Stage,
 )

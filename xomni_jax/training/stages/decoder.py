@@ -20,9 +20,10 @@ from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference import fresh
 from xomni_jax.inference.painter import Painter
+from xomni_jax.inference.sheets import Picture
 from xomni_jax.train_config import DataConfig, TrainConfig
 from xomni_jax.training import pixels
-from xomni_jax.training.stage import Params, Picture, Stage
+from xomni_jax.training.stage import Params, Stage
 from xomni_jax.training.stages.decoder_program import (
   program,
   semantic_features,

@@ -24,12 +24,13 @@ from xomni_jax.data.text_ops import T5Ids
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference import fresh
+from xomni_jax.inference.sheets import Picture
 from xomni_jax.models import ar
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import policy
 from xomni_jax.training.rewarding import Asked, Heard, Rewarder
 from xomni_jax.training.rollout import Drawn, Roller, place_policy
-from xomni_jax.training.stage import Params, Picture, Stage
+from xomni_jax.training.stage import Params, Stage
 from xomni_jax.training.stages.grpo_program import (
   POLICY,
   REFERENCE,

@@ -19,11 +19,12 @@ from xomni_jax.data import pipeline, protocol, records
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference import fresh, qwen
+from xomni_jax.inference.sheets import Picture
 from xomni_jax.mesh import to_host
 from xomni_jax.models import lm, vq
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import codebook, step
-from xomni_jax.training.stage import Params, Picture, Stage
+from xomni_jax.training.stage import Params, Stage
 from xomni_jax.training.stages.grids import Grids, shown
 from xomni_jax.training.stages.questions import CAPTION, QuestionRows
 from xomni_jax.training.stages.tokenizer_program import (

@@ -20,11 +20,12 @@ from xomni_jax.config import Architecture, VAEConfig
 from xomni_jax.data import pipeline, records
 from xomni_jax.errors import InputError
 from xomni_jax.inference import flux1, fresh
+from xomni_jax.inference.sheets import Picture
 from xomni_jax.mesh import to_host
 from xomni_jax.models import vae
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import pixels
-from xomni_jax.training.stage import Params, Picture, Stage
+from xomni_jax.training.stage import Params, Stage
 from xomni_jax.training.stages.grids import shown
 from xomni_jax.training.stages.painting_rows import CropRows
 from xomni_jax.training.stages.vae_program import program
