@@ -75,6 +75,7 @@ class DataConfig:
     window: records that are packed, or sorted into buckets, together.
     shuffle: visit records in a new random order each epoch.
     prompt_dropout: share of image prompts (or captions) left out.
+    turns: most questions on an image that a chat has.
     workers: processes that prepare batches; 0: threads of this one.
     max_bad_rate: the run stops above this share of unreadable records.
     text_backend: "tensorflow_text" or "tokenizers", for T5 ids and Unicode
@@ -86,6 +87,7 @@ class DataConfig:
   window: int = 1024
   shuffle: bool = True
   prompt_dropout: float = 0.0
+  turns: int = 1
   workers: int = 0
   max_bad_rate: float = 0.01
   text_backend: str = "tokenizers"
@@ -94,7 +96,7 @@ class DataConfig:
     _validate(
       self,
       (len(self.sources) > 0, "sources is empty, name at least one"),
-      *_positive(self, "window"),
+      *_positive(self, "window", "turns"),
       (
         min(self.seq_len, self.workers) >= 0,
         f"seq_len {self.seq_len}, workers {self.workers}: expected from 0",

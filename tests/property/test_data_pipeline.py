@@ -135,7 +135,19 @@ class Rng:
   """A generator that drops the prompt or not, and takes one question."""
 
   def __init__(self, value, n):
-    self.random, self.integers = lambda: value, lambda _: n
+    self.random, self.permutation = lambda: value, lambda _: [n]
+
+
+def test_chats_of_several_turns_are_packed_by_their_own_lengths(
+  folder, tokenizer
+):
+  """Those stored are of one turn."""
+  batches = packed(config(folder, "chat", turns=2), tokenizer)
+  for step in range(6):
+    rows = batches[step]
+    assert not rows.bad
+    for _, _, weights in samples_of(rows):
+      assert (np.diff(weights) == 1).sum() == 2
 
 
 def test_an_epoch_of_packed_rows_has_every_record_once(folder, tokenizer):

@@ -23,9 +23,9 @@ def tokenizer():
   return protocol.load_tokenizer(GOLDEN / "xomni", 448, 64)
 
 
-def sample(tokenizer, task, record=RECORD, seed=0, dropout=0.0):
+def sample(tokenizer, task, record=RECORD, seed=0, dropout=0.0, turns=1):
   rng = np.random.default_rng(seed)
-  return sequences.sample(record, task, tokenizer, rng, dropout)
+  return sequences.sample(record, task, tokenizer, rng, dropout, turns)
 
 
 def check(tokenizer, got, before, after):
@@ -92,6 +92,49 @@ def test_chat_is_the_template_and_predicts_the_answer(tokenizer):
     got = sample(tokenizer, "chat", record)
     prompt = tokenizer.chat_prompt(f"{IMAGE}\n{question}")
     check(tokenizer, got, prompt, answer + "<|im_end|>")
+
+
+def test_chat_of_several_turns_is_the_template_and_predicts_each_answer(
+  tokenizer,
+):
+  pairs = {tokens_of(tokenizer, a): (q, a) for q, a in TEXTS["qa"]}
+  orders = set()
+  for seed in range(20):
+    got = sample(tokenizer, "chat", seed=seed, turns=5)
+    # Every turn once: the runs of predicted tokens are the answers.
+    starts = np.flatnonzero(np.diff(got.weights) == 1) + 1
+    ends = [*(np.flatnonzero(np.diff(got.weights) == -1) + 1), None]
+    answers = [
+      tuple(got.tokens[a:b]) for a, b in zip(starts, ends, strict=True)
+    ]
+    assert sorted(answers) == sorted(pairs)
+    messages = []
+    for question, answer in map(pairs.__getitem__, answers):
+      messages.append({"role": "user", "content": question})
+      messages.append({"role": "assistant", "content": answer})
+    messages[0]["content"] = f"{IMAGE}\n{messages[0]['content']}"
+    text = tokenizer.backend.apply_chat_template(messages, tokenize=False)
+    assert got.tokens.tolist() == tokenizer.encode(text.removesuffix("\n"))
+    orders.add(tuple(answers))
+  assert len(orders) == 6
+  two = sample(tokenizer, "chat", turns=2)
+  assert (np.diff(two.weights) == 1).sum() == 2
+
+
+def tokens_of(tokenizer, answer):
+  return tuple(tokenizer.encode(answer + "<|im_end|>"))
+
+
+def test_chat_of_several_turns_needs_a_template_that_only_adds(tokenizer):
+  class Rewrites:
+    def __getattr__(self, name):
+      return getattr(tokenizer, name)
+
+    def chat_prompt(self, *messages):
+      return f"{len(messages)}{tokenizer.chat_prompt(*messages)}"
+
+  with pytest.raises(InputError, match="ask for one turn"):
+    sample(Rewrites(), "chat", turns=2)
 
 
 def test_chat_takes_all_questions_alike(tokenizer):

@@ -34,8 +34,9 @@ class PackWindow:
     out = np.zeros(len(picks.record), np.int64)
     for s, source in enumerate(self.feed.sources):
       mine = np.flatnonzero(picks.source == s)
-      known = records.known_lengths(source, self.feed.tasks[s])
-      if known is not None:
+      task = self.feed.tasks[s]
+      known = records.known_lengths(source, task)
+      if known is not None and not self._of_turns(task):
         out[mine] = known[picks.record[mine]]
         continue
       for n in mine.tolist():
@@ -44,7 +45,14 @@ class PackWindow:
     return out
 
   def _length(self, record, task, rng):
-    return sequences.lengths(record, self.tokenizer).get(task, 0)
+    if not self._of_turns(task):
+      return sequences.lengths(record, self.tokenizer).get(task, 0)
+    # The row is made with the same generator.
+    return len(_made(record, task, rng, self.tokenizer, self.data).tokens)
+
+  def _of_turns(self, task):
+    """Whether it is a chat of several turns, for which no length is stored."""
+    return task == "chat" and self.data.turns > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +107,7 @@ class PackedRows:
     """The sequence at a place, or None and a line in `bad`."""
 
     def make(record, task, rng):
-      dropout = self.data.prompt_dropout
-      sample = sequences.sample(record, task, self.tokenizer, rng, dropout)
+      sample = _made(record, task, rng, self.tokenizer, self.data)
       if len(sample.tokens) > room:
         raise InputError(
           f"too long: {len(sample.tokens)} tokens as {task}, expected at most "
@@ -113,3 +120,9 @@ class PackedRows:
     except InputError as e:
       bad.append(str(e))
       return None
+
+
+def _made(record, task, rng, tokenizer, data):
+  return sequences.sample(
+    record, task, tokenizer, rng, data.prompt_dropout, data.turns
+  )

@@ -158,9 +158,11 @@ class Tokenizer:
     """Texts and images of generated ids; raises as `parse_document` does."""
     return parse_document(self.decode(ids), PAD, self.image_vocab_size)
 
-  def chat_prompt(self, content: str) -> str:
-    """One user message in the chat template, up to where the answer begins.
+  def chat_prompt(self, *messages: str) -> str:
+    """Messages in the chat template, up to where the next answer begins.
 
+    Args:
+      messages: of the user and the assistant in turn, the last the user's.
     Raises:
       InputError: the checkpoint came without a chat template.
     """
@@ -170,7 +172,10 @@ class Tokenizer:
         "'chat_template' in tokenizer_config.json or chat_template.jinja"
       )
     return self.backend.apply_chat_template(
-      [{"role": "user", "content": content}],
+      [
+        {"role": ("user", "assistant")[i % 2], "content": message}
+        for i, message in enumerate(messages)
+      ],
       tokenize=False,
       add_generation_prompt=True,
     )

@@ -32,6 +32,7 @@ def sample(
   tokenizer: protocol.Tokenizer,
   rng: np.random.Generator,
   prompt_dropout: float = 0.0,
+  turns: int = 1,
 ) -> Sample:
   """A record as a sequence.
 
@@ -39,40 +40,42 @@ def sample(
       text_to_image   prompt <SOM>h w<IMAGE>codes<EOM> <|endoftext|>
       image_to_text   <SOM>h w<IMAGE>codes<EOM> caption <|endoftext|>
       generate        prompt <SOM>h w<IMAGE> | codes<EOM>
-      chat            chat template of image, question | answer <|im_end|>
+      chat            chat template of image, question | answer <|im_end|> ...
 
   What stands before | is not predicted. `generate` and `text_to_image` lose
   their prompt with probability `prompt_dropout`: guidance then has a branch
-  that sees the image only. `chat` takes one of the questions.
+  that sees the image only. `chat` asks up to `turns` of the questions, in
+  random order, and predicts each answer.
 
   Raises:
     InputError: a field is missing or not what it should be.
   """
   if task == "text":
-    return _joined([], _document(record, tokenizer))
+    return _joined(([], _document(record, tokenizer)))
   codes = need(record, "codes")
   prefix, image = _image_ids(codes, tokenizer)
   if task == "image_to_text":
-    return _joined([], prefix + image + _document(record, tokenizer))
+    return _joined(([], prefix + image + _document(record, tokenizer)))
   if task in ("text_to_image", "generate"):
     dropped = rng.random() < prompt_dropout
     prompt = [] if dropped else _prompt_ids(record, tokenizer)
     if task == "generate":
-      return _joined(prompt + prefix, image)
-    return _joined([], prompt + prefix + image + [tokenizer.pad_id])
+      return _joined((prompt + prefix, image))
+    return _joined(([], prompt + prefix + image + [tokenizer.pad_id]))
   if task != "chat":
     raise AssertionError(f"{task} is none of {TASKS}")
   pairs = need(record, "qa")
   if not pairs:
     raise InputError("field 'qa' is empty, expected a question and its answer")
-  question, answer = pairs[rng.integers(len(pairs))]
-  return _joined(*_turn_ids(prefix + image, question, answer, tokenizer))
+  asked = rng.permutation(len(pairs))[:turns]
+  return _chat(prefix + image, [pairs[i] for i in asked], tokenizer)
 
 
 def lengths(record: Record, tokenizer: protocol.Tokenizer) -> dict[str, int]:
   """{task: tokens} for each task that the record can be.
 
-  The most it can be: with its prompt, and with the longest question.
+  The most it can be: with its prompt, and with the longest question. A chat of
+  several turns is longer; see `sample`.
   """
   out = {}
   text, qa = record.get("text"), record.get("qa")
@@ -88,8 +91,8 @@ def lengths(record: Record, tokenizer: protocol.Tokenizer) -> dict[str, int]:
     out["generate"] = len(image) + len(_prompt_ids(record, tokenizer))
     out["text_to_image"] = out["generate"] + 1
   if qa:
-    turns = [_turn_ids(image, q, a, tokenizer) for q, a in qa]
-    out["chat"] = max(len(before) + len(after) for before, after in turns)
+    chats = (_chat(image, [pair], tokenizer) for pair in qa)
+    out["chat"] = max(len(chat.tokens) for chat in chats)
   return out
 
 
@@ -116,25 +119,40 @@ def _image_ids(codes, tokenizer) -> tuple[list[int], list[int]]:
   return prefix, [*ids, tokenizer.eom_id]
 
 
-def _turn_ids(image, question, answer, tokenizer):
-  """Ids of the chat up to the answer, and of the answer."""
-  # A single token stands in for the image; its neighbours do not see, behind
-  # a special token, which one it is.
-  text = tokenizer.chat_prompt(f"{protocol.SOM}\n{question}")
-  ids = tokenizer.encode(text)
-  at = ids.index(tokenizer.som_id)
+def _chat(image, pairs, tokenizer) -> Sample:
+  """A conversation on an image, of [question, answer] pairs."""
   end = tokenizer.encode(TURN_END)
   if len(end) != 1:
     raise InputError(
       f"the tokenizer has no token {TURN_END}, expected it beside its chat "
       "template"
     )
-  return ids[:at] + image + ids[at + 1 :], tokenizer.encode(answer) + end
+  messages, said, parts = [], "", []
+  for question, answer in pairs:
+    # A single token stands in for the image; its neighbours do not see, behind
+    # a special token, which one it is.
+    messages.append(question if messages else f"{protocol.SOM}\n{question}")
+    text = tokenizer.chat_prompt(*messages)
+    if not text.startswith(said):
+      raise InputError(
+        "the tokenizer's chat template writes earlier turns anew, expected "
+        "that it adds to them; ask for one turn (data.turns)"
+      )
+    parts.append(
+      (tokenizer.encode(text[len(said) :]), tokenizer.encode(answer) + end)
+    )
+    messages.append(answer)
+    said = text + answer + TURN_END
+  first = parts[0][0]
+  at = first.index(tokenizer.som_id)
+  first[at : at + 1] = image
+  return _joined(*parts)
 
 
-def _joined(before: Sequence[int], after: Sequence[int]) -> Sample:
-  """Tokens of which those `after` are predicted."""
-  tokens = np.array([*before, *after], np.int32)
-  weights = np.zeros(len(tokens), np.float32)
-  weights[max(1, len(before)) :] = 1
-  return Sample(tokens, weights)
+def _joined(*parts: tuple[Sequence[int], Sequence[int]]) -> Sample:
+  """Of each part the first tokens are given and the second predicted."""
+  tokens = [t for part in parts for ids in part for t in ids]
+  lengths = [len(ids) for part in parts for ids in part]
+  weights = np.repeat(np.float32([0, 1] * len(parts)), lengths)
+  weights[:1] = 0
+  return Sample(np.array(tokens, np.int32), weights)
