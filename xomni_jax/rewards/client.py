@@ -181,9 +181,9 @@ class _Call:
           return self._fail(part, "circuit_open", message)
         self._over.wait(min(taken, 0.5))
         continue
-      last, url = taken
+      last = taken.number
       try:
-        scores = self._ask(url, last, part, entries)
+        scores = self._ask(taken, part, entries)
         return self._deliver(part, scores)
       except _Trouble as e:
         trouble = e
@@ -199,11 +199,11 @@ class _Call:
       self._over.wait(max(0.0, min(wait, self._left())))
     return None
 
-  def _ask(self, url, number, part, entries):
+  def _ask(self, taken, part, entries):
     """The scores of one request; tells the endpoint's breaker how it went."""
-    healthy = False
+    healthy = None
     try:
-      status, body = self._post(url, entries)
+      status, body = self._post(taken.url, entries)
       scores = self._parse(status, body, part)
       healthy = True
       return scores
@@ -211,7 +211,7 @@ class _Call:
       healthy = None if e.split and len(part) > 1 else e.healthy
       raise
     finally:
-      self._places.give_back(number, healthy)
+      self._places.give_back(taken, healthy)
 
   def _post(self, url, entries):
     """(status, body) of a request that takes no longer than it may."""

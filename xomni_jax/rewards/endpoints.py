@@ -3,6 +3,14 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+
+class Taken(NamedTuple):
+  """An endpoint that one request has taken."""
+
+  number: int
+  url: str
 
 
 class Endpoints:
@@ -27,11 +35,12 @@ class Endpoints:
     self._running = [0] * len(urls)
     self._failures = [0] * len(urls)
     self._open_until: list[float | None] = [None] * len(urls)
-    self._tried = [False] * len(urls)
+    # The request that tries a half-open endpoint; it is known by identity.
+    self._trials: list[Taken | None] = [None] * len(urls)
     self._turn = 0
 
-  def take(self, avoid: int | None = None) -> tuple[int, str] | float:
-    """(number, address) of the least loaded that may be asked.
+  def take(self, avoid: int | None = None) -> Taken | float:
+    """The least loaded endpoint that may be asked, for `give_back`.
 
     Args:
       avoid: an endpoint that is taken only if there is no other.
@@ -45,8 +54,8 @@ class Endpoints:
         # Those that are being tried have no time: look again soon.
         waits = [
           max(until - now, 0.01)
-          for until, tried in zip(self._open_until, self._tried, strict=True)
-          if until is not None and not tried
+          for until, trial in zip(self._open_until, self._trials, strict=True)
+          if until is not None and trial is None
         ]
         return min(waits, default=0.05)
       count = len(self._urls)
@@ -56,19 +65,24 @@ class Endpoints:
       )
       self._turn = (best + 1) % count
       self._running[best] += 1
-      self._tried[best] = self._open_until[best] is not None
-      return best, self._urls[best]
+      taken = Taken(best, self._urls[best])
+      if self._open_until[best] is not None:
+        self._trials[best] = taken
+      return taken
 
-  def give_back(self, number: int, ok: bool | None) -> None:
+  def give_back(self, taken: Taken, ok: bool | None) -> None:
     """Ends a request; ok None: it says nothing about the endpoint."""
+    number = taken.number
     with self._lock:
       self._running[number] -= 1
-      tried, self._tried[number] = self._tried[number], False
+      trial = self._trials[number] is taken  # an older request ends no trial
+      if trial or ok:
+        self._trials[number] = None
       if ok:
         self._failures[number], self._open_until[number] = 0, None
       elif ok is False:
         self._failures[number] += 1
-        if tried or self._failures[number] >= self._threshold:
+        if trial or self._failures[number] >= self._threshold:
           self._open_until[number] = self._clock() + self._cooldown
 
   def states(self) -> list[str]:
@@ -82,4 +96,4 @@ class Endpoints:
 
   def _may_take(self, i, now):
     until = self._open_until[i]
-    return until is None or (now >= until and not self._tried[i])
+    return until is None or (now >= until and self._trials[i] is None)
