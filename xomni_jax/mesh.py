@@ -29,6 +29,7 @@ AXES = ("slice", "data", "fsdp", "tensor", "context")
 # The axes that a batch's rows are split over: every device along them has
 # other rows, and a training step sums gradients over them.
 BATCH_AXES = ("slice", "data", "fsdp")
+PIECE_BYTES = 2**28
 
 RULES: Mapping[str, tuple[str, ...]] = {
   # activations
@@ -89,10 +90,28 @@ def make_mesh(
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-  """The whole of an array, on the host of every process; all call it."""
+  """The whole of an array, on the host of every process; all call it.
+
+  Between processes it goes through every device whole: a large one in pieces
+  of its second axis, which are about `PIECE_BYTES` each.
+  """
   if x.is_fully_addressable or x.is_fully_replicated:
     return np.asarray(x)
-  return multihost_utils.process_allgather(x, tiled=True)
+  gather = functools.partial(multihost_utils.process_allgather, tiled=True)
+  if x.nbytes <= PIECE_BYTES or x.ndim < 2:
+    return gather(x)
+  out, count = np.empty(x.shape, x.dtype), x.shape[1]
+  size = max(1, count * PIECE_BYTES // x.nbytes)
+  for first in range(0, count, size):
+    # The last one overlaps the one before: one program cuts them all.
+    first = min(first, count - size)
+    out[:, first : first + size] = gather(_columns(x, first, size))
+  return out
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _columns(x, first, size):
+  return jax.lax.dynamic_slice_in_dim(x, first, size, 1)
 
 
 def rows_held(mesh: Mesh) -> int:

@@ -137,7 +137,7 @@ def test_two_processes_overlap_as_one_does(tmp_path):
   for step, (ours, other) in enumerate(zip(states, theirs, strict=True), 1):
     assert ours.keys() == other.keys()
     waiting = [key for key in other if "extra/next/" in key]
-    assert len(waiting) == 8
+    assert len(waiting) == 9
     for key, x in other.items():
       if key in waiting and not np.issubdtype(x.dtype, np.floating):
         assert (ours[key] == x).all(), (step, key)

@@ -366,3 +366,70 @@ def test_rollout_has_to_be_whole_groups(tmp_path):
   cfg, arch = configure.parse(config, "test")
   with pytest.raises(InputError, match="sample_rows is 12, expected a part"):
     build.stage(cfg, arch, config, tmp_path)
+
+
+@pytest.fixture
+def draws(monkeypatch):
+  """Numbers of the rollouts that are drawn."""
+  numbers, draw = [], rollout.Roller.draw
+
+  def spy(self, policy, prompts, number, **how):
+    numbers.append(number)
+    return draw(self, policy, prompts, number, **how)
+
+  monkeypatch.setattr(rollout.Roller, "draw", spy)
+  return numbers
+
+
+@pytest.mark.parametrize(
+  ("change", "drawn"),
+  [
+    pytest.param("nothing", [2], marks=pytest.mark.slow),
+    # At its end a run has no next rollout, and keeps the one before.
+    ("longer", [2, 3]),
+    pytest.param("prompts", [1, 2], marks=pytest.mark.slow),
+    pytest.param("temperature", [1, 2], marks=pytest.mark.slow),
+  ],
+)
+def test_rollout_that_waits_is_used_only_if_it_is_the_one(
+  tmp_path, monkeypatch, codes_as_images, draws, change, drawn
+):
+  file, workdir = tmp_path / "prompts.jsonl", tmp_path / "run"
+  write = lambda text: file.write_text(
+    "".join(f'{{"prompt": "{text} {i}"}}\n' for i in range(8))
+  )
+  monkeypatch.setattr(rewarding, "open_scorer", lambda *args: share_of(WANTED))
+  stop_at = {"longer": 0}.get(change, 1)
+  monkeypatch.setattr(
+    loop.Preemption, "should_stop", lambda self, step: step == stop_at
+  )
+
+  def run(steps, **more):
+    config = settings(
+      phases__1_all__steps=steps,
+      global_batch=8,
+      options__group_size=4,
+      options__overlap=1,
+      checkpoint__every=1,
+      **more,
+    )
+    config.data.sources = ({"path": str(file), "task": "prompt"},)
+    cfg, arch = configure.parse(config, "test")
+    stage = build.stage(cfg, arch, config, workdir)
+    return loop.train(
+      cfg,
+      stage,
+      workdir,
+      settings=config.to_dict(),
+      allow_config_change=change in ("longer", "temperature"),
+    )
+
+  write("a sign")
+  assert run(2 if change == "longer" else 3) == (143 if stop_at else 0)
+  draws.clear()
+  stop_at = 0
+  if change == "prompts":
+    write("another sign")
+  more = {"options__temperature": 0.5} if change == "temperature" else {}
+  assert run(4 if change == "longer" else 3, **more) == 0
+  assert draws == drawn

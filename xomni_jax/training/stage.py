@@ -67,7 +67,8 @@ class Program:
     summarise: metrics summed over the batch -> scalars to report.
     update: (params, extra, metrics, context) -> params, extra, after the
       optimiser; for state that no gradient reaches.
-    extra: what is carried from step to step, at the start.
+    extra: what is carried from step to step, at the start; arrays below a
+      name "rows" lie split as a batch does.
     measure: (params, batch) -> arrays of each row, which `Stage.collect` asks
       for.
   """

@@ -41,7 +41,8 @@ def init_state(cfg: TrainConfig, program: Program, layout: Layout, params):
 def abstract_state(cfg: TrainConfig, program: Program, layout: Layout) -> State:
   """The state as ShapeDtypeStructs with shardings.
 
-  Moments and averages lie as their parameters do, the rest on every device.
+  Moments and averages lie as their parameters do; what `extra` has below a
+  name "rows" is split as a batch is; the rest is on every device.
   """
 
   def place(path, leaf):
@@ -51,6 +52,8 @@ def abstract_state(cfg: TrainConfig, program: Program, layout: Layout) -> State:
     where = NamedSharding(layout.mesh, PartitionSpec())
     if name in layout.rows and leaf.shape == layout.shapes[name]:
       where = layout.sharding(name)
+    elif names[:1] == ["extra"] and "rows" in names:
+      where = batch_sharding(layout.mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
   params = {

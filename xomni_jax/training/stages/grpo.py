@@ -6,9 +6,11 @@ are in training/rollout.py, rewards in training/rewarding.py.
 """
 
 import dataclasses
+import math
 import pathlib
 import sys
 import time
+import zlib
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ from xomni_jax.inference.sheets import Picture
 from xomni_jax.models import ar
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import policy
+from xomni_jax.training import step as step_lib
 from xomni_jax.training.rewarding import Asked, Heard, Rewarder
 from xomni_jax.training.rollout import Drawn, Roller, place_policy
 from xomni_jax.training.stage import Params, Stage
@@ -77,19 +80,7 @@ def stage(
     t5=decoder.t5,
   )
   rows = cfg.global_batch * opts.minibatches
-  if rows % opts.group_size:
-    raise InputError(
-      f"a rollout of {rows} images (global_batch x options.minibatches) is no "
-      f"multiple of group_size {opts.group_size}"
-    )
-  for name in ("sample_rows", "score_rows"):
-    at_once = getattr(opts, name) or rows
-    whole = opts.group_size if name == "sample_rows" else 1
-    if rows % at_once or at_once % whole:
-      raise InputError(
-        f"options.{name} is {at_once}, expected a part of the {rows} images of "
-        f"a rollout, in groups of {opts.group_size}"
-      )
+  _check_rows(cfg, rows)
   made = program(cfg, arch)
   run = _Run(cfg, arch, opened, decoder, rows, workdir)
 
@@ -112,6 +103,41 @@ def stage(
     curves="reward/",
     close=run.close,
   )
+
+
+def _check_rows(cfg: TrainConfig, rows: int) -> None:
+  """Raises InputError where rows do not go into groups, passes and devices."""
+  opts = cfg.options
+  if rows % opts.group_size:
+    raise InputError(
+      f"a rollout of {rows} images (global_batch x options.minibatches) is no "
+      f"multiple of group_size {opts.group_size}"
+    )
+  for name in ("sample_rows", "score_rows"):
+    at_once = getattr(opts, name) or rows
+    whole = opts.group_size if name == "sample_rows" else 1
+    if rows % at_once or at_once % whole:
+      raise InputError(
+        f"options.{name} is {at_once}, expected a part of the {rows} images of "
+        f"a rollout, in groups of {opts.group_size}"
+      )
+  sizes = mesh_lib.fill(dict(cfg.mesh), jax.device_count())
+  ways = math.prod(sizes.get(axis, 1) for axis in mesh_lib.BATCH_AXES)
+  if opts.score_rows % ways:
+    raise InputError(
+      f"options.score_rows is {opts.score_rows}, expected a multiple of the "
+      f"{ways} batch devices"
+    )
+  rollout = dict(opts.rollout_mesh) or sizes
+  devices = math.prod(
+    mesh_lib.fill(rollout, math.prod(sizes.values())).values()
+  )
+  if opts.reward_path == "fused" and opts.paint_rows % devices:
+    raise InputError(
+      f"options.paint_rows is {opts.paint_rows}, expected a multiple of the "
+      f"{devices} devices that each ask for rewards of their own; try "
+      f"{-(-opts.paint_rows // devices) * devices}, or reward_path 'host'"
+    )
 
 
 class _Run:
@@ -151,7 +177,9 @@ class _Run:
     if update == 0:
       extra, metrics = self._rollout(measure, params, extra, number)
     elif self._current is None:
-      self._current = jax.tree.map(mesh_lib.to_host, extra["current"])
+      self._current = self._kept(extra["current"], number)
+      if self._current is None:
+        extra, metrics = self._rollout(measure, params, extra, number)
     first = update % opts.minibatches * self._cfg.global_batch
     some = slice(first, first + self._cfg.global_batch)
     rows = {k: x[some] for k, x in self._current.items()}
@@ -163,14 +191,15 @@ class _Run:
     if self._next is None:
       rows = None
       if opts.overlap and number:  # the run was resumed: it is in the state
-        rows = jax.tree.map(mesh_lib.to_host, extra["next"])
+        rows = self._kept(extra["next"], number)
       self._next = self._begin(measure, params, number, rows, metrics)
     (rows, asked), self._next = self._next, None
     per_rollout = opts.minibatches * opts.epochs
     if opts.overlap and (number + 1) * per_rollout < self._cfg.steps:
       # Rewards of this rollout come in meanwhile.
       self._next = self._begin(measure, params, number + 1, None, metrics)
-      extra = {**extra, "next": self._placed(params, self._next[0])}
+      kept = self._keep(params, self._next[0], number + 1)
+      extra = {**extra, "next": kept}
     heard = self._rewarder.hear(asked)
     metrics |= {
       "time/reward_wait_seconds": heard.seconds,
@@ -181,7 +210,7 @@ class _Run:
     rows = self._with_advantages(rows, heard)
     self._shown, self._current = (asked, heard), rows
     if per_rollout > 1:
-      extra = {**extra, "current": self._placed(params, rows)}
+      extra = {**extra, "current": self._keep(params, rows, number)}
     return extra, metrics
 
   def _begin(self, measure, params, number, rows, metrics):
@@ -276,11 +305,32 @@ class _Run:
     there = np.isfinite(rewards)[:, None]
     return {**rows, "advantage": advantage, "mask": rows["mask"] * there}
 
-  def _placed(self, params, rows):
-    """Rows as arrays that are saved with the state."""
+  def _keep(self, params, rows, number):
+    """Rows of a rollout as arrays that are saved with the state."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return {k: jax.device_put(x, whole) for k, x in rows.items()}
+    mark = np.uint32(self._mark(number))
+    return {
+      "mark": jax.make_array_from_callback((), whole, lambda _: mark),
+      "rows": step_lib.place_whole(rows, mesh),
+    }
+
+  def _kept(self, kept, number) -> dict[str, np.ndarray] | None:
+    """Rows that were saved of a rollout; None: the state has others.
+
+    It has those of the last rollout once a run is at its end, and those of
+    other prompts or draws where the config was changed.
+    """
+    if int(mesh_lib.to_host(kept["mark"])) != self._mark(number):
+      return None
+    return jax.tree.map(mesh_lib.to_host, kept["rows"])
+
+  def _mark(self, number: int) -> int:
+    """32 bits of what is asked for in a rollout, and of how it is drawn."""
+    opts = self._cfg.options
+    how = (opts.temperature, opts.top_k, opts.top_p, opts.min_p)
+    asked = (number, self._cfg.seed, how, self._prompts[number])
+    return zlib.crc32(repr(asked).encode())
 
   def evaluate(self, params: Params, step: int) -> dict[str, float]:
     """Mean rewards of held-out prompts, a group of images each."""

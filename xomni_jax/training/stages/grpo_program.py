@@ -86,11 +86,15 @@ def extra(cfg: TrainConfig, arch: Architecture):
   """What is carried from step to step, empty.
 
   "current" is a rollout that takes several steps, "next" one that is drawn and
-  waits for its rewards: a run that is resumed goes on with them.
+  waits for its rewards: a run that is resumed goes on with them. Each has its
+  "rows", and a "mark" u32[] of what they are; 0: nothing.
   """
   opts, out = cfg.options, {}
   rows = shapes(cfg, arch, cfg.global_batch * opts.minibatches)
-  empty = lambda: {k: jnp.zeros(x.shape, x.dtype) for k, x in rows.items()}
+  empty = lambda: {
+    "mark": jnp.zeros((), jnp.uint32),
+    "rows": {k: jnp.zeros(x.shape, x.dtype) for k, x in rows.items()},
+  }
   if opts.minibatches * opts.epochs > 1:
     out["current"] = empty()
   if opts.overlap:
