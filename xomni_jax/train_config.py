@@ -75,7 +75,8 @@ class DataConfig:
     window: records that are packed, or sorted into buckets, together.
     shuffle: visit records in a new random order each epoch.
     prompt_dropout: share of image prompts (or captions) left out.
-    turns: most questions on an image that a chat has.
+    turns: most questions on an image that a chat has; fewer where more do not
+      fit a row.
     workers: processes that prepare batches; 0: threads of this one.
     max_bad_rate: the run stops above this share of unreadable records.
     text_backend: "tensorflow_text" or "tokenizers", for T5 ids and Unicode

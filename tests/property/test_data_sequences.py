@@ -23,9 +23,9 @@ def tokenizer():
   return protocol.load_tokenizer(GOLDEN / "xomni", 448, 64)
 
 
-def sample(tokenizer, task, record=RECORD, seed=0, dropout=0.0, turns=1):
+def sample(tokenizer, task, record=RECORD, seed=0, **options):
   rng = np.random.default_rng(seed)
-  return sequences.sample(record, task, tokenizer, rng, dropout, turns)
+  return sequences.sample(record, task, tokenizer, rng, **options)
 
 
 def check(tokenizer, got, before, after):
@@ -71,7 +71,7 @@ def test_generate_asks_with_the_caption_where_there_is_no_prompt(tokenizer):
 def test_prompts_are_dropped_at_their_rate(tokenizer, task):
   """Then the sequence is what guidance's unconditional branch sees."""
   lengths = [
-    len(sample(tokenizer, task, seed=seed, dropout=0.3).tokens)
+    len(sample(tokenizer, task, seed=seed, prompt_dropout=0.3).tokens)
     for seed in range(300)
   ]
   short = len(tokenizer.encode(IMAGE)) + (task == "text_to_image")
@@ -81,9 +81,11 @@ def test_prompts_are_dropped_at_their_rate(tokenizer, task):
   }
   # Binomial: deviation 0.026.
   assert abs(lengths.count(short) / 300 - 0.3) < 0.1
-  dropped = sample(tokenizer, task, dropout=1.0)
+  dropped = sample(tokenizer, task, prompt_dropout=1.0)
   assert dropped.tokens[0] == tokenizer.som_id
-  assert sample(tokenizer, task, dropout=0.0).tokens[0] != tokenizer.som_id
+  assert (
+    sample(tokenizer, task, prompt_dropout=0.0).tokens[0] != tokenizer.som_id
+  )
 
 
 def test_chat_is_the_template_and_predicts_the_answer(tokenizer):
@@ -119,6 +121,19 @@ def test_chat_of_several_turns_is_the_template_and_predicts_each_answer(
   assert len(orders) == 6
   two = sample(tokenizer, "chat", turns=2)
   assert (np.diff(two.weights) == 1).sum() == 2
+
+
+def test_chat_of_several_turns_has_those_that_fit(tokenizer):
+  turns = lambda chat: int((np.diff(chat.weights) == 1).sum())
+  for seed in range(20):
+    whole = sample(tokenizer, "chat", seed=seed, turns=3)
+    least = sample(tokenizer, "chat", seed=seed, turns=3, room=1)
+    assert turns(whole) == 3 and turns(least) == 1
+    for room in range(len(least.tokens), len(whole.tokens) + 1):
+      got = sample(tokenizer, "chat", seed=seed, turns=3, room=room).tokens
+      assert len(got) <= room
+      assert got.tolist() == whole.tokens[: len(got)].tolist()
+    assert len(got) == len(whole.tokens)
 
 
 def tokens_of(tokenizer, answer):

@@ -124,5 +124,11 @@ class PackedRows:
 
 def _made(record, task, rng, tokenizer, data):
   return sequences.sample(
-    record, task, tokenizer, rng, data.prompt_dropout, data.turns
+    record,
+    task,
+    tokenizer,
+    rng,
+    prompt_dropout=data.prompt_dropout,
+    turns=data.turns,
+    room=data.seq_len,
   )

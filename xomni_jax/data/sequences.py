@@ -33,6 +33,7 @@ def sample(
   rng: np.random.Generator,
   prompt_dropout: float = 0.0,
   turns: int = 1,
+  room: int = 0,
 ) -> Sample:
   """A record as a sequence.
 
@@ -45,7 +46,8 @@ def sample(
   What stands before | is not predicted. `generate` and `text_to_image` lose
   their prompt with probability `prompt_dropout`: guidance then has a branch
   that sees the image only. `chat` asks up to `turns` of the questions, in
-  random order, and predicts each answer.
+  random order, and predicts each answer; from the second on, only those that
+  fit into `room` tokens, if that is not 0.
 
   Raises:
     InputError: a field is missing or not what it should be.
@@ -68,7 +70,7 @@ def sample(
   if not pairs:
     raise InputError("field 'qa' is empty, expected a question and its answer")
   asked = rng.permutation(len(pairs))[:turns]
-  return _chat(prefix + image, [pairs[i] for i in asked], tokenizer)
+  return _chat(prefix + image, [pairs[i] for i in asked], tokenizer, room)
 
 
 def lengths(record: Record, tokenizer: protocol.Tokenizer) -> dict[str, int]:
@@ -119,7 +121,7 @@ def _image_ids(codes, tokenizer) -> tuple[list[int], list[int]]:
   return prefix, [*ids, tokenizer.eom_id]
 
 
-def _chat(image, pairs, tokenizer) -> Sample:
+def _chat(image, pairs, tokenizer, room=0) -> Sample:
   """A conversation on an image, of [question, answer] pairs."""
   end = tokenizer.encode(TURN_END)
   if len(end) != 1:
@@ -127,7 +129,7 @@ def _chat(image, pairs, tokenizer) -> Sample:
       f"the tokenizer has no token {TURN_END}, expected it beside its chat "
       "template"
     )
-  messages, said, parts = [], "", []
+  messages, said, parts, length = [], "", [], 0
   for question, answer in pairs:
     # A single token stands in for the image; its neighbours do not see, behind
     # a special token, which one it is.
@@ -138,14 +140,17 @@ def _chat(image, pairs, tokenizer) -> Sample:
         "the tokenizer's chat template writes earlier turns anew, expected "
         "that it adds to them; ask for one turn (data.turns)"
       )
-    parts.append(
-      (tokenizer.encode(text[len(said) :]), tokenizer.encode(answer) + end)
-    )
+    before = tokenizer.encode(text[len(said) :])
+    if not parts:
+      at = before.index(tokenizer.som_id)
+      before[at : at + 1] = image
+    after = tokenizer.encode(answer) + end
+    length += len(before) + len(after)
+    if parts and room and length > room:
+      break
+    parts.append((before, after))
     messages.append(answer)
     said = text + answer + TURN_END
-  first = parts[0][0]
-  at = first.index(tokenizer.som_id)
-  first[at : at + 1] = image
   return _joined(*parts)
 
 
