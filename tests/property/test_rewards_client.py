@@ -3,16 +3,19 @@
 import contextlib
 import http.server
 import json
+import socket
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from xomni_jax.rewards import client as client_lib
 from xomni_jax.rewards import wire
 from xomni_jax.rewards.client import Settings, open_client
 from xomni_jax.rewards.endpoints import Endpoints
 from xomni_jax.rewards.wire import Item, Score
+from xomni_jax.training import rewarding
 
 FAST = Settings(
   deadline=5.0, try_seconds=1.0, retries=2, concurrency=4, batch_items=4
@@ -193,6 +196,35 @@ def test_client_isolates_an_item_that_is_no_image(serve):
   assert [s.error_kind for s in scores] == [None, "bad_image", None]
 
 
+def test_client_fault_of_its_own_fails_what_has_no_score_yet(
+  serve, monkeypatch
+):
+  server = serve(lambda items, _: (200, _honest(items)))
+  whole, calls = wire.request_json, []
+
+  def breaks_second(entries, request_id):
+    calls.append(request_id)
+    if len(calls) == 2:
+      raise RuntimeError("no\nmemory")
+    return whole(entries, request_id)
+
+  monkeypatch.setattr(wire, "request_json", breaks_second)
+  endpoints = Endpoints([f"{server.url}/v1/score"], threshold=1)
+  settings = FAST._replace(batch_bytes=1)
+  scores, _ = _ask([server.url], _items(3), settings, endpoints=endpoints)
+  assert [s.ok for s in scores] == [True, False, False]
+  assert _kinds(scores[1:]) == {"client"} <= set(wire.FAILURES)
+  assert scores[1].raw == {"error": "RuntimeError: no memory"}
+  assert endpoints.states() == ["closed"]  # it is not the server's fault
+
+
+def test_failures_of_every_kind_are_told_by_their_names():
+  failed = [wire.failed(str(i), k, "x") for i, k in enumerate(wire.FAILURES)]
+  failed.append(wire.failed("x", "a kind of another version", "x"))
+  column = rewarding._column(rewarding._table(dict(enumerate(failed)), 12))
+  assert column.reasons == {kind: 1 for kind in (*wire.FAILURES, "other")}
+
+
 def test_client_cuts_a_request_that_is_too_large(serve):
   items = _items(4, size=30)
   limit = 2.5 * len(wire.entry_json(items[0]))
@@ -332,6 +364,59 @@ def test_client_goes_round_an_endpoint_that(serve, fault):
   scores, seconds = _ask([bad.url, good.url], _items(12), settings)
   assert all(s.ok for s in scores)
   assert seconds < 3
+
+
+@contextlib.contextmanager
+def _listening(backlog):
+  with socket.socket() as listener:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(backlog)
+    yield listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_client_leaves_a_machine_that_does_not_connect(serve, monkeypatch):
+  good = serve(lambda items, _: (200, _honest(items)))
+  monkeypatch.setattr(client_lib, "_CONNECT_SECONDS", 0.3)
+  settings = FAST._replace(try_seconds=4.0)
+  with _listening(0) as (listener, url), contextlib.ExitStack() as stack:
+    for _ in range(4):  # it answers no more once its backlog is full
+      waiting = stack.enter_context(socket.socket())
+      waiting.setblocking(False)
+      waiting.connect_ex(listener.getsockname())
+    scores, seconds = _ask([url, good.url], _items(4), settings)
+  assert all(s.ok for s in scores)
+  assert seconds < 2
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_client_sends_no_more_of_a_request_that_is_over(stopped):
+  """A server that reads slowly: each write is in time, all are not."""
+  stop, got = threading.Event(), [0]
+  items = _items(3, size=1200)
+  whole = len(wire.to_json(items))
+
+  def read(listener, over):
+    connection, _ = listener.accept()
+    with connection:
+      while data := connection.recv(2**16):
+        got[0] += len(data)
+        over.wait(0.05)
+
+  with _listening(1) as (listener, url):
+    over = threading.Event()
+    listener.settimeout(5)
+    thread = threading.Thread(target=read, args=(listener, over), daemon=True)
+    thread.start()
+    settings = FAST._replace(deadline=3.0, try_seconds=3.0, retries=0)
+    if stopped:
+      threading.Timer(1.0, stop.set).start()
+    scores, seconds = _ask([url], items, settings, stop=stop)
+    over.set()  # whatever comes now is read at once
+    thread.join(10)
+  assert _kinds(scores) == {"timeout"}
+  assert got[0] < whole
+  assert seconds < 2.5 or not stopped
 
 
 def test_client_spreads_requests_by_load(serve):

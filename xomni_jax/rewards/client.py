@@ -15,6 +15,8 @@ from xomni_jax.rewards.wire import Item, Score
 PATH = "/v1/score"
 _MAX_REPLY = 64 * 2**20  # bytes
 _FIRST_WAIT = 0.2  # seconds before the first retry; doubles each time
+_CONNECT_SECONDS = 5.0  # a machine that is gone costs no whole try
+_CHUNK = 2**18  # bytes that are sent between two looks at the clock
 
 
 class Settings(NamedTuple):
@@ -150,7 +152,8 @@ class _Call:
       try:
         self._send_in_parts(indices)
       except Exception as e:  # else its items would wait for the deadline
-        self._fail(indices, "client", f"{type(e).__name__}: {e}")
+        rest = [i for i in indices if i not in self._found]
+        self._fail(rest, "client", f"{type(e).__name__}: {e}")
 
   def _send_in_parts(self, indices):
     """Encodes a batch and sends it, in parts of at most `batch_bytes`."""
@@ -220,25 +223,37 @@ class _Call:
     request_id = uuid.uuid4().hex
     seconds = self._settings.try_seconds or self._settings.deadline / 2
     seconds = max(0.001, min(seconds, self._left()))
-    end, body = self._clock() + seconds, bytearray()
+    end, reply = self._clock() + seconds, bytearray()
+    body = wire.request_json(entries, request_id)
+    headers = {"X-Request-Id": request_id, "Content-Length": str(len(body))}
+
+    late = f"{url} did not answer {request_id} in {seconds:.3g} s"
+
+    def check_time():  # the timeouts below are those of a single read or write
+      if self._clock() > end or self._done():
+        raise _Trouble("timeout", late, again=True)
+
+    def chunks():
+      for start in range(0, len(body), _CHUNK):
+        check_time()
+        yield body[start : start + _CHUNK]
+
     try:
       with self._http.stream(
         "POST",
         url,
-        content=wire.request_json(entries, request_id),
-        headers={"X-Request-Id": request_id},
-        timeout=seconds,
-      ) as reply:
-        for chunk in reply.iter_raw():
-          body += chunk
-          if len(body) > _MAX_REPLY:
+        content=chunks(),
+        headers=headers,
+        timeout=httpx2.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
+      ) as response:
+        for chunk in response.iter_raw():
+          reply += chunk
+          if len(reply) > _MAX_REPLY:
             raise _Trouble("bad_reply", f"{url} answers without end")
-          # The timeout above is that of a single read.
-          if self._clock() > end:
-            raise _Trouble("timeout", f"{url} answers too slowly", again=True)
-        return reply.status_code, bytes(body)
-    except httpx2.TimeoutException:
-      message = f"{url} did not answer {request_id} in {seconds:.3g} s"
+          check_time()
+        return response.status_code, bytes(reply)
+    except httpx2.TimeoutException as e:
+      message = f"{late} ({type(e).__name__})"
       raise _Trouble("timeout", message, again=True) from None
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as e:
       message = f"{url}: {type(e).__name__}: {e}"

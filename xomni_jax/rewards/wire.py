@@ -21,6 +21,19 @@ from PIL import Image
 from xomni_jax.errors import InputError
 
 ABSENT = "absent"
+FAILURES = (
+  "timeout",
+  "http",  # no connection, or a status that refuses
+  "bad_reply",
+  "parse_failed",  # a judge's words
+  "bad_image",
+  "bad_request",
+  "too_large",
+  "engine",
+  "circuit_open",
+  "not_recorded",
+  "client",  # a fault on the side that asks
+)
 
 
 class Item(NamedTuple):
@@ -49,10 +62,8 @@ class Score(NamedTuple):
     ok: whether the reward did its work.
     score: in [0, 1] as a rule; None where not ok or absent.
     raw: JSON, what the engine said, such as {"text": "OPEN"}.
-    error_kind: None; "absent" where ok but the reward does not apply (OCR
-      without targets); else the failure: "timeout", "http", "bad_reply",
-      "parse_failed", "bad_image", "bad_request", "too_large", "engine",
-      "circuit_open", "not_recorded".
+    error_kind: None; ABSENT where ok but the reward does not apply (OCR
+      without targets); else the failure, one of FAILURES.
     model_rev: which model, and which settings of it.
   """
 

@@ -23,11 +23,7 @@ from xomni_jax.rewards import combine, journal, ledger, wire
 from xomni_jax.rewards.open import open_scorer
 
 # What can go wrong with a score, by number, so that it can be gathered.
-_KINDS = (
-  *("", wire.ABSENT, "other", "timeout", "http", "bad_reply", "parse_failed"),
-  *("bad_image", "bad_request", "too_large", "engine", "circuit_open"),
-  "not_recorded",
-)
+_KINDS = ("", wire.ABSENT, "other", *wire.FAILURES)
 
 
 class Asked(NamedTuple):
