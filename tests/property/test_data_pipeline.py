@@ -234,10 +234,10 @@ def test_a_record_that_fails_later_leaves_a_gap(folder, tokenizer, monkeypatch):
   whole = packed(data, tokenizer)[0]
   real = sequences.sample
 
-  def fails(record, *args):
+  def fails(record, *args, **options):
     if record["key"] in ("r7", "r30"):
       raise InputError("broken meanwhile")
-    return real(record, *args)
+    return real(record, *args, **options)
 
   monkeypatch.setattr(sequences, "sample", fails)
   rows = packed(data, tokenizer)[0]
