@@ -221,8 +221,9 @@ def toy(accumulate=1, ema=0.0):
     return jnp.sum((out - batch["y"]) ** 2, -1) * batch["real"]
 
   def loss(params, batch, context):
-    value = jnp.sum(residuals(params, batch)) / context.totals["rows"]
-    return value, {"error": value}
+    errors = residuals(params, batch)
+    value = jnp.sum(errors) / jnp.maximum(context.totals["rows"], 1)
+    return value, {"error": value, "error_max": jnp.max(errors)}
 
   program = Program(
     parts={"m": part()},
@@ -305,10 +306,27 @@ def test_four_microbatches_are_as_one_batch():
   once, one = trained(*toy())
   often, four = trained(*toy(accumulate=4))
   for a, b in zip(one, four, strict=True):
-    for name in ("loss", "error", "grad_norm"):
+    for name in ("loss", "error", "error_max", "grad_norm"):
       np.testing.assert_allclose(a[name], b[name], rtol=1e-6)
   for path, x in once[-1]["params"].items():
     # Four steps of Adam, of 0.01 each.
     np.testing.assert_allclose(
       often[-1]["params"][path], x, rtol=1e-6, atol=1e-6
     )
+
+
+def test_step_without_a_row_that_counts_moves_nothing():
+  """Momentum and weight decay of the steps before would."""
+  cfg, program, batches = toy(accumulate=2)
+  nothing = {**batches[1], "real": np.zeros(8, np.float32)}
+  history, reports = trained(cfg, program, [batches[0], nothing, batches[2]])
+  assert int(history[2]["step"]) == 2 and reports[1]["grad_norm"] == 0
+  for part in ("params", "optim"):
+    for a, b in zip(
+      *(jax.tree.leaves(state[part]) for state in history[1:3]), strict=True
+    ):
+      np.testing.assert_array_equal(a, b)
+  assert any(
+    (history[3]["params"][path] != x).any()
+    for path, x in history[2]["params"].items()
+  )

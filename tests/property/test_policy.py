@@ -120,7 +120,8 @@ def test_contributions_of_parts_add_up_to_the_whole():
   ]
   assert np.isclose(sum(p[0] for p in parts), whole, atol=1e-6)
   for name, value in metrics.items():
-    assert np.isclose(sum(p[1][name] for p in parts), value, atol=1e-6), name
+    join = max if name.endswith("_max") else sum
+    assert np.isclose(join(p[1][name] for p in parts), value, atol=1e-6), name
 
 
 def test_masked_row_changes_nothing_but_its_absence():
@@ -137,15 +138,84 @@ def test_masked_row_changes_nothing_but_its_absence():
     assert np.isclose(x, without[1][name], atol=1e-6), name
 
 
-def test_k3_is_never_negative():
-  scores, batch = some_scores(2, spread=1e-4)
-  zero = {**batch, "advantage": np.zeros(B, np.float32)}
-  for spread in (0.0, 1e-7, 1e-5, 1e-3, 1.0):
-    ref = scores.logp_model + np.float32(spread) * np.linspace(
-      -1, 1, L, dtype=np.float32
-    )
-    _, metrics = our_loss(scores, {**zero, "logp_ref": ref}, options())
-    assert metrics["kl"] >= -1e-7
+@pytest.mark.parametrize("aggregate", ["token", "sequence"])
+def test_masked_token_has_no_slope_whatever_it_is(aggregate):
+  """exp(120) is infinite in float32, and 0 times its slope NaN."""
+  opts = options(aggregate=aggregate, importance_cap=2.0, beta=0.1)
+  scores, batch = some_scores(1)
+  slopes = jax.grad(lambda s, b: our_loss(s, b, opts)[0])
+  expected = slopes(scores, batch)
+  gone = batch["mask"] == 0
+  for value in (-120.0, 120.0, -np.inf):
+    far = lambda x, value=value: np.where(gone, np.float32(value), x)
+    for changed in (
+      (scores._replace(logp=far(scores.logp)), batch),
+      (scores._replace(logp_model=far(scores.logp_model)), batch),
+      *(
+        (scores, {**batch, name: far(batch[name])})
+        for name in ("logp_old", "logp_ref", "logp_sampler")
+      ),
+    ):
+      for a, b in zip(slopes(*changed), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_k3_of_each_token_is_that_of_float64_and_never_negative():
+  """Each token is a batch of its own, so that none hides behind a mean."""
+  rng = np.random.default_rng(2)
+  model = -rng.exponential(3.0, 20_000).astype(np.float32)
+  # Differences of all sizes, from less than a rounding of the log-prob.
+  away = 10 ** rng.uniform(-8, 0.7, model.shape) * rng.choice([-1, 1], 20_000)
+  ref = np.concatenate([model + away.astype(np.float32), model])
+  model = np.concatenate([model, model])
+
+  @jax.vmap
+  def kl(model, ref):
+    one = jnp.ones((1, 1))
+    batch = dict.fromkeys(("logp_old", "logp_sampler"), 0 * one)
+    batch |= {"logp_ref": ref * one, "mask": one, "advantage": jnp.ones(1)}
+    scores = policy.TokenScores(0 * one, model * one, 0 * one)
+    return our_loss(scores, batch, options())[1]["kl"]
+
+  found = np.asarray(kl(model, ref))
+  apart = ref.astype(np.float64) - model
+  exact = np.expm1(apart) - apart
+  assert found.min() >= -1e-7
+  np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-7)
+  assert not found[20_000:].any()  # two equal models
+
+
+def test_metrics_say_what_the_clip_stops_and_what_is_furthest_off():
+  opts = options(clip_low=0.2, clip_high=0.3)
+  ratio = np.array([[2.0, 0.5, 1.0, 1.25], [2.0, 0.5, 1.0, 5.0]], np.float32)
+  mask = np.ones((2, 4), np.float32)
+  mask[1, 3] = 0
+  old = np.zeros((2, 4), np.float32)
+  scores = policy.TokenScores(np.log(ratio), old, old)
+  for advantage, stopped in (
+    ((1.0, 1.0), {(0, 0), (1, 0)}),
+    ((-1.0, 1.0), {(0, 1), (1, 0)}),
+    ((0.0, -1.0), {(1, 1)}),
+    ((0.0, 0.0), set()),
+  ):
+    batch = {
+      "logp_old": old,
+      "logp_ref": old,
+      "mask": mask,
+      "logp_sampler": np.where(mask > 0, [0.1, -0.3, 0, 0.2], 9.0),
+      "advantage": np.array(advantage, np.float32),
+    }
+    (_, metrics), slopes = jax.value_and_grad(
+      lambda s, b: our_loss(s, b, opts), has_aux=True
+    )(scores, batch)
+    # Those that have an advantage, and whose slope is gone nevertheless.
+    has_one = (mask > 0) & (batch["advantage"][:, None] != 0)
+    flat = has_one & (np.asarray(slopes.logp) == 0)
+    assert {(int(b), int(t)) for b, t in np.argwhere(flat)} == stopped
+    assert metrics["clip_fraction"] == pytest.approx(len(stopped) / 7)
+  assert metrics["tokens"] == 7
+  assert metrics["ratio_off_max"] == pytest.approx(1.0, abs=1e-6)
+  assert metrics["sampler_gap_max"] == pytest.approx(0.3, abs=1e-6)
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -193,12 +263,16 @@ def some_support(codes):
 
 @pytest.mark.parametrize("chunk", [2, L])
 @pytest.mark.parametrize("filtered", [True, False])
-def test_token_scores_are_those_of_float64(filtered, chunk):
+def test_token_scores_and_gradients_are_those_of_float64(filtered, chunk):
   params, hidden, codes = some_hidden()
   kept = some_support(codes) if filtered else np.ones((B, L, V), bool)
   bits = np.packbits(kept, axis=-1) if filtered else None
-  scores = policy.token_scores(
-    params, hidden, codes, bits, ARCH.ar, temperature=0.7, chunk=chunk
+  scores, back = jax.vjp(
+    lambda params, hidden: policy.token_scores(
+      params, hidden, codes, bits, ARCH.ar, temperature=0.7, chunk=chunk
+    ),
+    params,
+    hidden,
   )
   head = params["mm_head"][:V].astype(np.float64)
   logits = hidden.astype(np.float64) @ head.T / 0.7
@@ -216,6 +290,20 @@ def test_token_scores_are_those_of_float64(filtered, chunk):
   assert np.abs(scores.logp - of_code(within)).max() < 2e-5
   assert np.abs(scores.logp_model - of_code(model)).max() < 2e-5
   assert np.abs(scores.entropy - entropy).max() < 2e-5
+
+  # By hand: of a log-prob by logits it is "drawn" - p, of the entropy it is
+  # -p (log p + entropy).
+  weight = np.random.default_rng(5).normal(0, 1, (3, B, L)).astype(np.float32)
+  by_params, by_hidden = back(policy.TokenScores(*weight))
+  p, drawn = np.exp(within), np.eye(V)[codes]
+  inner = np.where(kept, within, 0) + entropy[..., None]
+  by_logits = weight[0, ..., None] * (drawn - p)
+  by_logits += weight[1, ..., None] * (drawn - np.exp(model))
+  by_logits = (by_logits - weight[2, ..., None] * p * inner) / 0.7
+  np.testing.assert_allclose(by_hidden, by_logits @ head, atol=1e-4)
+  expected = np.zeros(params["mm_head"].shape)
+  expected[:V] = np.einsum("blv,bld->vd", by_logits, hidden)
+  np.testing.assert_allclose(by_params["mm_head"], expected, atol=1e-4)
 
 
 def test_gradients_of_filtered_scores_are_finite_in_chunks():

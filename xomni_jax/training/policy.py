@@ -145,39 +145,52 @@ def policy_loss(
       row without a reward.
     totals: `policy_totals` of the global batch.
     options: of the stage.
+  Returns:
+    the loss, and metrics, of tokens that count; those called "..._max" are
+    the greatest value of these rows, the others add up over parts of a batch.
   """
   mask_BL = batch["mask"]
-  advantage_BL = batch["advantage"][:, None]
-  log_ratio = scores.logp - batch["logp_old"]
-  ratio = jnp.exp(log_ratio)
+  # Before anything is exponentiated: what does not count may be anything, and
+  # 0 times the slope of an infinite exp would be NaN.
+  counted = lambda x: jnp.where(mask_BL > 0, x, 0)
+  advantage_BL = counted(batch["advantage"][:, None])
+  ratio = jnp.exp(counted(scores.logp - batch["logp_old"]))
   low, high = 1 - options.clip_low, 1 + options.clip_high
   surrogate = jnp.minimum(
     ratio * advantage_BL, jnp.clip(ratio, low, high) * advantage_BL
   )
-  gap = batch["logp_old"] - batch["logp_sampler"]
+  gap = counted(batch["logp_old"] - batch["logp_sampler"])
   if options.importance_cap:
     # Of what the sampler did, numerically, to what training says it did.
     surrogate *= jnp.minimum(jnp.exp(gap), options.importance_cap)
   # k3 (Schulman): unbiased, and never negative. expm1 keeps it so near 0.
-  behind = batch["logp_ref"] - scores.logp_model
+  behind = counted(batch["logp_ref"] - scores.logp_model)
   kl = jnp.expm1(behind) - behind
-  token_loss = -surrogate + options.beta * kl
+  token_loss = counted(-surrogate + options.beta * kl)
   tokens = jnp.maximum(totals["tokens"], 1.0)
-  mean = lambda x: jnp.sum(jnp.where(mask_BL > 0, x, 0)) / tokens
+  mean = lambda x: jnp.sum(counted(x)) / tokens
+  most = lambda x: jnp.max(counted(x), initial=0.0)
   if options.aggregate == "token":
     loss = mean(token_loss)
   else:
     lengths_B = jnp.maximum(jnp.sum(mask_BL, axis=1), 1.0)
-    of_rows_B = jnp.sum(jnp.where(mask_BL > 0, token_loss, 0), axis=1)
+    of_rows_B = jnp.sum(token_loss, axis=1)
     loss = jnp.sum(of_rows_B / lengths_B) / jnp.maximum(totals["rows"], 1.0)
-  clipped = jnp.where(advantage_BL > 0, ratio > high, ratio < low)
+  # Without an advantage there is no slope that a clip could stop.
+  clipped = ((advantage_BL > 0) & (ratio > high)) | (
+    (advantage_BL < 0) & (ratio < low)
+  )
+  off, gap_size = jnp.abs(ratio - 1), jnp.abs(gap)
   metrics = {
+    "tokens": jnp.sum(mask_BL),
     "kl": mean(kl),
     "entropy": mean(scores.entropy),
     "clip_fraction": mean(clipped),
     "ratio": mean(ratio),
-    "ratio_off": mean(jnp.abs(ratio - 1)),
-    "sampler_gap": mean(jnp.abs(gap)),
+    "ratio_off": mean(off),
+    "ratio_off_max": most(off),
+    "sampler_gap": mean(gap_size),
+    "sampler_gap_max": most(gap_size),
     "advantage_size": mean(jnp.abs(advantage_BL)),
   }
   return loss, metrics

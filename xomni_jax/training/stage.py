@@ -6,7 +6,8 @@ meshes, checkpoints or logs.
 
 Losses and metrics are *contributions*: the loop adds up what it gets from
 every device and every microbatch. So a loss divides by the totals of the whole
-global batch, which the loop hands to it, and not by its own counts.
+global batch, which the loop hands to it, and not by its own counts. Only of a
+metric called "..._max", never negative, the greatest is taken.
 """
 
 import dataclasses
@@ -59,7 +60,8 @@ class Program:
   Attributes:
     parts: every model whose parameters the loss reads, by name.
     init: key -> random f32 parameters {part: tree}; jittable.
-    totals: batch -> {name: f32[]}, sums of the given rows.
+    totals: batch -> {name: f32[]}, sums of what counts in the given rows;
+      a step where all are 0 leaves parameters and moments as they are.
     loss: (params, batch, context) -> contribution f32[], {metric: array}.
     batch: one global batch as shapes; the first axis is rows.
     tokens: counted as work in tokens/s, of a global batch.

@@ -22,7 +22,7 @@ from xomni_jax.mesh import BATCH_AXES, Shard
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import optim
 from xomni_jax.training.layout import Layout, flatten, nest
-from xomni_jax.training.stage import Context, Program
+from xomni_jax.training.stage import Context, Metrics, Program
 
 State = dict[str, Any]  # step, params, optim, ema, extra
 
@@ -109,11 +109,17 @@ def train_step(
     rest = {
       path: x for path, x in state["params"].items() if path not in trained
     }
-    loss, metrics, grads = _on_rows(cfg, program, layout, grads=True)(
+    loss, metrics, totals, grads = _on_rows(cfg, program, layout, grads=True)(
       trained, {**rest, **frozen}, batch, key, state["step"]
     )
+    before = state["params"], state["optim"]
     params, moments, norm = optim.update(
       cfg.optim, layout, phase, grads, state["optim"], state["params"], lr
+    )
+    # Where no row counts, momentum and decay alone would move parameters.
+    some = jnp.any(jnp.stack(jax.tree.leaves(totals)) > 0)
+    params, moments = jax.tree.map(
+      lambda new, old: jnp.where(some, new, old), (params, moments), before
     )
     extra = state["extra"]
     if program.update:
@@ -161,7 +167,7 @@ def eval_step(cfg: TrainConfig, program: Program, layout: Layout) -> Callable:
   @jax.jit
   def step(params, frozen, batch, key):
     run = _on_rows(cfg, program, layout, grads=False)
-    loss, metrics, _ = run(
+    loss, metrics, *_ = run(
       {}, {**params, **frozen}, batch, key, jnp.full((), cfg.steps, jnp.int32)
     )
     return {**program.summarise(metrics), "loss": loss}
@@ -170,10 +176,10 @@ def eval_step(cfg: TrainConfig, program: Program, layout: Layout) -> Callable:
 
 
 def _on_rows(cfg, program, layout: Layout, *, grads: bool):
-  """(trained, rest, batch, key, step) -> loss, metrics, gradients or {}.
+  """(trained, rest, batch, key, step) -> loss, metrics, totals, gradients.
 
-  Everything is summed over microbatches and devices; each gradient lies as its
-  parameter does.
+  Of all microbatches and devices together, see `Program.loss`; each gradient
+  lies as its parameter does; without `grads` there are none, {}.
   """
   pieces = cfg.optim.accumulate if grads else 1
 
@@ -202,15 +208,23 @@ def _on_rows(cfg, program, layout: Layout, *, grads: bool):
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(piece, jax.tree.map(lambda x: x[0], rows)),
       )
-      out, _ = jax.lax.scan(
-        lambda total, rows: (jax.tree.map(jnp.add, total, piece(rows)), None),
-        zero,
-        rows,
-      )
+
+      def add(total, rows):
+        value, metrics, gradient = piece(rows)
+        value, gradient = jax.tree.map(
+          jnp.add, (total[0], total[2]), (value, gradient)
+        )
+        return (value, _joined(total[1], metrics), gradient), None
+
+      out, _ = jax.lax.scan(add, zero, rows)
     value, metrics, gradient = out
-    value, metrics = jax.lax.psum((value, metrics), BATCH_AXES)
+    value = jax.lax.psum(value, BATCH_AXES)
+    metrics = {
+      name: (jax.lax.pmax if _is_peak(name) else jax.lax.psum)(x, BATCH_AXES)
+      for name, x in metrics.items()
+    }
     gradient = {path: _sum(path, g) for path, g in gradient.items()}
-    return value, metrics, gradient
+    return value, metrics, totals, gradient
 
   def _sum(path, gradient):
     where = layout.split(path)
@@ -225,10 +239,20 @@ def _on_rows(cfg, program, layout: Layout, *, grads: bool):
       body,
       layout,
       (own(trained), own(rest), rows, whole, whole),
-      (whole, whole, own(trained)),
+      (whole, whole, whole, own(trained)),
     )(trained, rest, batch, key, step)
 
   return run
+
+
+def _is_peak(name: str) -> bool:
+  return name.endswith("_max")
+
+
+def _joined(a: Metrics, b: Metrics) -> Metrics:
+  """Metrics of two parts of a batch as those of both."""
+  how = lambda name: jnp.maximum if _is_peak(name) else jnp.add
+  return {name: how(name)(a[name], b[name]) for name in a}
 
 
 def rows_step(cfg: TrainConfig, layout: Layout, fn: Callable) -> Callable:
