@@ -30,7 +30,7 @@ def _full():
   return {
     "host": "127.0.0.1",
     "token_env": "XOMNI_SIDECAR_TOKEN",
-    "timeout_s": 60.0,
+    "timeout_s": 50.0,  # less than a client's try: half of its deadline, 120
     "max_items": 64,
     "max_bytes": 128 * 2**20,  # 64 PNG of 1024 px, some 1.5 MB each
     "max_pixels": 2048 * 2048,
@@ -57,6 +57,7 @@ def _full():
         "replicas": 2,
         "num_gpus": 0.2,
         "max_batch": 16,
+        "timeout_s": 120.0,
       },
       "tesseract": {
         "reward": "ocr",
@@ -86,7 +87,9 @@ def _full():
           "concurrency": 32,
         },
         "port": 8106,
-        "max_batch": 32,  # vLLM makes the real batches
+        # vLLM makes the real batches; here each image is on its own.
+        "max_batch": 1,
+        "max_batches": 32,
         "timeout_s": 120.0,
       },
       "qwen_alignment": {
@@ -98,7 +101,8 @@ def _full():
           "concurrency": 32,
         },
         "port": 8107,
-        "max_batch": 32,
+        "max_batch": 1,
+        "max_batches": 32,
         "timeout_s": 120.0,
       },
     },
@@ -120,5 +124,6 @@ def _tiny():
   """Two CPU cores."""
   config = _full()
   for app in config["applications"].values():
-    app |= {"replicas": 1, "num_gpus": 0.0, "max_batch": 8}
+    app |= {"replicas": 1, "num_gpus": 0.0}
+    app["max_batch"] = min(8, app["max_batch"])
   return config

@@ -25,7 +25,7 @@ from tests.sidecar_client import (
   scores,
   served,
 )
-from xomni_jax.rewards import wire
+from xomni_jax.rewards import client, wire
 
 pytest.importorskip("fastapi", reason="needs fastapi and uvicorn")
 pytest.importorskip("uvicorn", reason="needs fastapi and uvicorn")
@@ -224,6 +224,48 @@ def test_sidecar_slow_engine_is_a_timeout_and_later_requests_pass(url):
   assert scores(url, [grey("a", 51)])[0].score == 0.2
 
 
+def test_sidecar_returns_the_batches_that_are_done_in_time(url):
+  items = [grey(f"{i}", 51) for i in range(4)]  # a batch
+  items += [grey("slow", 51, "sleep 1.5"), grey("beside it", 51)]
+  found = scores(url, items)
+  assert [s.score for s in found] == [0.2] * 4 + [None] * 2
+  assert {s.error_kind for s in found[4:]} == {"timeout"}
+  time.sleep(0.6)
+
+
+def test_sidecar_batches_at_once_do_not_wait_for_each_other():
+  with brightness(max_batch=1, max_batches=3, timeout_s=1.0) as url:
+    items = [grey("slow", 51, "sleep 1.5"), *(grey(c, 51) for c in "abcd")]
+    found = scores(url, items)
+  assert [s.score for s in found] == [None] + [0.2] * 4
+  assert found[0].error_kind == "timeout"
+
+
+def test_sidecar_answers_before_its_client_stops_waiting():
+  """Else all would be lost, and asked again while it is still at work."""
+  items = [grey("good", 51), grey("slow", 51, "sleep 5")]
+  settings = client.Settings(deadline=6.0, try_seconds=2.0)
+  with brightness(max_batch=1, timeout_s=30.0) as url:
+    start = time.monotonic()
+    good, slow = client.open_client([url], settings, TOKEN)(items)
+    seconds = time.monotonic() - start
+  assert (good.score, slow.error_kind) == (0.2, "timeout")
+  assert slow.model_rev == "brightness-1"  # the server said so
+  assert seconds < 3  # and the client asked once
+
+
+@pytest.mark.parametrize("said", ["soon", "nan", "0", "-1", ""])
+def test_sidecar_told_no_seconds_to_wait_says_400(url, said):
+  headers = {
+    "Authorization": f"Bearer {TOKEN}",
+    "Content-Type": "application/json",
+    wire.WAITS_HEADER: said,
+  }
+  reply = requests.post(f"{url}/v1/score", wire.to_json([]), headers=headers)
+  assert reply.status_code == 400
+  assert "expected seconds above 0" in reply.json()["error"]
+
+
 def test_sidecar_parallel_requests_get_their_own_scores(url):
   def ask(level):
     return scores(url, [grey("same id", level)])[0].score
@@ -252,6 +294,7 @@ def test_sidecar_info_and_health(url):
   assert info["model_rev"] == "brightness-1"
   assert info["preprocessing"] == {"scale": 255}
   assert len(info["preprocessing_hash"]) == 16
+  assert info["timeout_s"] == 1.0
   assert info["limits"] == {
     "items": 6,
     "bytes": LIMIT,
@@ -267,6 +310,21 @@ def test_sidecar_whose_model_is_gone_is_unhealthy():
     reply = requests.get(f"{url}/health")
     assert reply.status_code == 503
     assert reply.json()["error"] == "model is gone"
+
+
+def test_sidecar_whose_engine_hangs_is_unhealthy_until_it_goes_on(url):
+  def health():
+    return requests.get(f"{url}/health")
+
+  found = scores(url, [grey("a", 1, "sleep 2")])  # it is given up after 1 s
+  assert found[0].error_kind == "timeout"
+  time.sleep(0.2)
+  reply = health()
+  assert reply.status_code == 503
+  assert "a batch has been running for 1 s" in reply.json()["error"]
+  time.sleep(1)
+  assert health().status_code == 200
+  assert scores(url, [grey("a", 51)])[0].score == 0.2
 
 
 def test_sidecar_on_loopback_needs_no_token_and_elsewhere_it_does():

@@ -89,6 +89,18 @@ def test_sidecar_under_ray_goes_on_beside_a_batch_that_hangs():
 
 
 @pytest.mark.slow
+def test_sidecar_under_ray_returns_the_batches_that_are_done_in_time():
+  with brightness(max_batch=1, max_batches=2, timeout_s=2.0) as url:
+    items = [grey("slow", 1, "sleep 4"), *(grey(c, 51) for c in "abc")]
+    found = scores(url, items)
+    assert [s.score for s in found] == [None, 0.2, 0.2, 0.2]
+    assert found[0].error_kind == "timeout"
+    assert requests.get(f"{url}/health").status_code == 503
+    time.sleep(2.5)
+    assert requests.get(f"{url}/health").status_code == 200
+
+
+@pytest.mark.slow
 def test_sidecar_under_ray_ends_with_all_its_processes():
   said = {"port": free_port(), "num_cpus": 0.2, "ray": True}
   with served(["tests.sidecar_program", json.dumps(said)], seconds=90) as url:

@@ -1,10 +1,12 @@
 """Settings of sidecars: the repository's config, changes, and bad values."""
 
+import importlib.util
 import inspect
 
 import pytest
 
 from xomni_jax.errors import InputError
+from xomni_jax.reward_config import RewardConfig, parse_source
 from xomni_jax.sidecar import engines
 from xomni_jax.sidecar.settings import App, read_app
 
@@ -30,6 +32,31 @@ def test_sidecar_config_has_applications_that_rewards_take(size):
     assert app.host == "127.0.0.1"
     if size == ":tiny":
       assert (app.replicas, app.num_gpus) == (1, 0)
+
+
+def test_sidecar_has_less_time_than_a_try_of_its_client():
+  """A tenth of a try is for the way; see app.py."""
+
+  def least(reward):
+    return 0.9 * (reward.try_seconds or reward.deadline / 2)
+
+  spec = importlib.util.spec_from_file_location("grpo", "configs/grpo.py")
+  config = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(config)
+  apps = {app.port: app for app in (read_app(CONFIG, name) for name in APPS)}
+  asked = set()
+  for section in config.get_config("7b").options.rewards:
+    reward = RewardConfig(**section)
+    assert reward.deadline >= 2 * reward.try_seconds  # time for another
+    for source in parse_source(reward.source):
+      for url in source.where:
+        app = apps[int(url.rpartition(":")[2])]
+        assert app.timeout_s <= least(reward), app.name
+        asked.add(app.name)
+  assert {"unified_reward", "qwen_alignment", "got", "hps"} <= asked
+  default = RewardConfig("ocr", "http://localhost:8101")
+  assert App("x", "ocr").timeout_s <= least(default)
+  assert read_app(CONFIG, "ocr").timeout_s <= least(default)
 
 
 def test_sidecar_settings_change_by_key_and_value():

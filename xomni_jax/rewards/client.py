@@ -225,7 +225,11 @@ class _Call:
     seconds = max(0.001, min(seconds, self._left()))
     end, reply = self._clock() + seconds, bytearray()
     body = wire.request_json(entries, request_id)
-    headers = {"X-Request-Id": request_id, "Content-Length": str(len(body))}
+    headers = {
+      "X-Request-Id": request_id,
+      "Content-Length": str(len(body)),
+      wire.WAITS_HEADER: f"{seconds:.3f}",
+    }
 
     late = f"{url} did not answer {request_id} in {seconds:.3g} s"
 

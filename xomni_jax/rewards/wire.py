@@ -3,7 +3,8 @@
 A scorer is a callable `(items: Sequence[Item]) -> list[Score]`: same order,
 same length, and it never raises; what went wrong with an item is its Score.
 Over HTTP this is `POST /v1/score`. Images travel as PNG at their own size,
-because JPEG and resizing ruin small text.
+because JPEG and resizing ruin small text. A client says in WAITS_HEADER how
+many seconds it waits; a server answers before, with the scores that it has.
 """
 
 import base64
@@ -20,6 +21,7 @@ from PIL import Image
 
 from xomni_jax.errors import InputError
 
+WAITS_HEADER = "X-Waits-Seconds"
 ABSENT = "absent"
 FAILURES = (
   "timeout",

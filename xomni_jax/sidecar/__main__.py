@@ -41,10 +41,11 @@ def serve_alone(app: settings.App, token: str, reward=None) -> None:
   """
   import uvicorn
 
-  from xomni_jax.sidecar.app import in_one_thread, make_app
+  from xomni_jax.sidecar.app import in_threads, make_app
 
   reward = reward or engines.open_reward(app.reward, app.settings)
-  http = make_app(app, reward, in_one_thread(reward, app.max_batch), token)
+  reward = engines.watched(reward, app.timeout_s)
+  http = make_app(app, reward, in_threads(reward, app), token)
   family = socket.AF_INET6 if ":" in app.host else socket.AF_INET
   listener = socket.socket(family)
   listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

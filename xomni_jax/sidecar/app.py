@@ -8,7 +8,7 @@ import asyncio
 import concurrent.futures
 import hmac
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import fastapi
 from starlette.concurrency import run_in_threadpool
@@ -21,7 +21,9 @@ from xomni_jax.rewards.wire import Item, Score
 from xomni_jax.sidecar.engines import Reward
 from xomni_jax.sidecar.settings import App
 
-AsyncScorer = Callable[[Sequence[Item]], Awaitable[list[Score]]]
+# Starts to score items: batches of them, each with its scores to come.
+Batches = list[tuple[Sequence[Item], asyncio.Future[list[Score]]]]
+Starter = Callable[[Sequence[Item]], Batches]
 
 _BODY_SECONDS = 60.0
 
@@ -35,14 +37,14 @@ class _RefusedError(Exception):
 
 
 def make_app(
-  app: App, reward: Reward, score: AsyncScorer, token: str
+  app: App, reward: Reward, start: Starter, token: str
 ) -> fastapi.FastAPI:
   """The application of one reward.
 
   Args:
     app: its settings.
-    reward: what it serves; `score` asks it.
-    score: items -> one Score each.
+    reward: what it serves.
+    start: asks it.
     token: that a client has to send as bearer; "": none.
   """
   http = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -50,7 +52,7 @@ def make_app(
 
   @http.post("/v1/score")
   async def score_items(request: fastapi.Request):
-    start = time.perf_counter()
+    came = time.perf_counter()
     try:
       if not _has_token(request, token):
         raise _RefusedError(401, _NO_TOKEN)
@@ -64,13 +66,17 @@ def make_app(
         raise _RefusedError(
           503, f"more than {app.max_ongoing} requests at once, try again later"
         )
+      waits = _client_waits(request)
       async with ongoing:
         body = await _body(request, app.max_bytes)
         entries = await run_in_threadpool(_entries, body, app)
-        scores = await _scores(entries, score, app.timeout_s, reward.model_rev)
+        spent = time.perf_counter() - came
+        # A tenth is for the way to and from the client.
+        seconds = min(app.timeout_s, 0.9 * waits - spent)
+        scores = await _scores(entries, start, seconds, reward.model_rev)
     except _RefusedError as e:
       return _json({"error": str(e)}, e.status)
-    latency_ms = 1000 * (time.perf_counter() - start)
+    latency_ms = 1000 * (time.perf_counter() - came)
     return _response(wire.scores_to_json(scores, latency_ms))
 
   @http.get("/info")
@@ -100,30 +106,24 @@ def describe(app: App, reward: Reward) -> dict:
     "preprocessing": reward.preprocessing,
     "preprocessing_hash": reward.preprocessing_hash(),
     "max_batch": app.max_batch,
+    "timeout_s": app.timeout_s,
     "limits": {**app.limits._asdict(), "aspect": app.max_aspect},
   }
 
 
-def in_one_thread(reward: Reward, max_batch: int) -> AsyncScorer:
-  """Scores the batches of all requests one after another, in one thread.
+def in_threads(reward: Reward, app: App) -> Starter:
+  """Scores the batches of all requests, `app.max_batches` at once.
 
   What is still waiting when its request is given up is not scored.
   """
-  pool = concurrent.futures.ThreadPoolExecutor(1)
+  pool = concurrent.futures.ThreadPoolExecutor(app.max_batches)
 
-  async def score(items):
-    loop = asyncio.get_running_loop()
-    batches = [
-      loop.run_in_executor(pool, reward.score, items[i : i + max_batch])
-      for i in range(0, len(items), max_batch)
-    ]
-    try:
-      return [s for batch in await asyncio.gather(*batches) for s in batch]
-    finally:
-      for batch in batches:
-        batch.cancel()
+  def start(items):
+    loop, size = asyncio.get_running_loop(), app.max_batch
+    parts = [items[i : i + size] for i in range(0, len(items), size)]
+    return [(p, loop.run_in_executor(pool, reward.score, p)) for p in parts]
 
-  return score
+  return start
 
 
 _NO_TOKEN = "no valid token, expected the header 'Authorization: Bearer TOKEN'"
@@ -178,20 +178,39 @@ def _of_good_shape(entry, most):
   )
 
 
-async def _scores(entries, score, timeout_s, rev):
-  """One Score for each entry, in order."""
-  items = [entry for entry in entries if isinstance(entry, Item)]
-  found = []
+def _client_waits(request):
+  """The seconds that the client waits for its answer.
+
+  Raises:
+    _RefusedError: it says something else.
+  """
+  said = request.headers.get(wire.WAITS_HEADER, "inf")
   try:
-    if items:
-      found = await asyncio.wait_for(score(items), timeout_s)
-  except TimeoutError:
-    message = f"no score within {timeout_s:g} s"
-    found = [wire.failed(item.id, "timeout", message, rev) for item in items]
-  except Exception as e:  # one request's trouble is no other's
-    message = f"{type(e).__name__}: {e}"
-    found = [wire.failed(item.id, "engine", message, rev) for item in items]
-  by_id = {s.id: s for s in found}
+    if (waits := float(said)) > 0:
+      return waits
+  except ValueError:
+    pass
+  raise _RefusedError(
+    400, f"{wire.WAITS_HEADER} is {said[:40]!r}, expected seconds above 0"
+  )
+
+
+async def _scores(entries, start, seconds, rev):
+  """One Score for each entry, in order; what is late has failed."""
+  batches = start([entry for entry in entries if isinstance(entry, Item)])
+  futures = [future for _, future in batches]
+  try:
+    if futures:
+      await asyncio.wait(futures, timeout=max(0.0, seconds))
+    late = f"no score within {seconds:.3g} s"
+    by_id = {
+      score.id: score
+      for items, future in batches
+      for score in _of_batch(items, future, late, rev)
+    }
+  finally:
+    for future in futures:
+      future.cancel()
   missing = "engine gave no score"
   return [
     entry._replace(model_rev=rev)
@@ -199,6 +218,17 @@ async def _scores(entries, score, timeout_s, rev):
     else by_id.get(entry.id) or wire.failed(entry.id, "engine", missing, rev)
     for entry in entries
   ]
+
+
+def _of_batch(items, future, late, rev):
+  """The scores of a batch, or a failure of each of its items."""
+  if not future.done():
+    return [wire.failed(item.id, "timeout", late, rev) for item in items]
+  try:
+    return future.result()
+  except (Exception, asyncio.CancelledError) as e:  # no other batch's trouble
+    message = f"{type(e).__name__}: {e}"
+    return [wire.failed(item.id, "engine", message, rev) for item in items]
 
 
 def _has_token(request, token):

@@ -1,7 +1,9 @@
 """Rewards that a server can serve: a function each, from its settings."""
 
 import hashlib
+import itertools
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -185,3 +187,32 @@ def isolated(score: Scorer, model_rev: str) -> Scorer:
     return [safe([item])[0] for item in items]
 
   return safe
+
+
+def watched(reward: Reward, seconds: float) -> Reward:
+  """A reward whose check also fails while a batch runs for longer than that.
+
+  An engine that hangs raises nothing, and its own check may find all well.
+  """
+  began: dict[int, float] = {}  # of the batches that run now
+  numbers = itertools.count()
+
+  def score(items):
+    number = next(numbers)
+    began[number] = time.monotonic()
+    try:
+      return reward.score(items)
+    finally:
+      del began[number]
+
+  def check():
+    now = time.monotonic()
+    age = max((now - start for start in list(began.values())), default=0.0)
+    if age > seconds:
+      raise RuntimeError(
+        f"a batch has been running for {age:.0f} s, expected at most "
+        f"{seconds:g} s"
+      )
+    reward.check()
+
+  return reward._replace(score=score, check=check)

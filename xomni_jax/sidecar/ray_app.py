@@ -1,6 +1,7 @@
 """A reward as a Ray Serve application: replicas, GPU share, dynamic batches."""
 
 import asyncio
+import concurrent.futures
 import signal
 import threading
 from collections.abc import Callable
@@ -40,17 +41,26 @@ def _on_replica(app, token, reward):
 
   from xomni_jax.sidecar.app import make_app
 
+  reward = engines.watched(reward, app.timeout_s)
+  pool = concurrent.futures.ThreadPoolExecutor(app.max_batches)
+
   # Images of all requests that a replica has at hand share a batch.
   @serve.batch(
-    max_batch_size=app.max_batch, batch_wait_timeout_s=app.batch_wait_s
+    max_batch_size=app.max_batch,
+    batch_wait_timeout_s=app.batch_wait_s,
+    max_concurrent_batches=app.max_batches,
   )
   async def score_one(items):
-    return await asyncio.to_thread(reward.score, items)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(pool, reward.score, items)
 
-  async def score(items):
-    return list(await asyncio.gather(*map(score_one, items)))
+  async def alone(item):
+    return [await score_one(item)]
 
-  return make_app(app, reward, score, token)
+  def start(items):
+    return [([item], asyncio.ensure_future(alone(item))) for item in items]
+
+  return make_app(app, reward, start, token)
 
 
 def run(

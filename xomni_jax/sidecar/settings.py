@@ -29,10 +29,13 @@ class App:
     num_gpus: of each replica; 0.25 puts four on one GPU.
     num_cpus: of each replica.
     max_batch: images that the model sees at once.
+    max_batches: batches at once in a replica, each in a thread; more than one
+      where the model is elsewhere, as a judge's.
     batch_wait_s: how long Ray waits for more images to fill a batch.
     max_ongoing: requests in a replica at once; more wait or get a 503.
-    timeout_s: after this, the images of a request that have no score yet are
-      failures ("timeout").
+    timeout_s: after this, or before the client stops waiting, the images of a
+      request whose batch is not done are failures ("timeout"). The server is
+      not healthy while a batch takes longer. A client's try should be longer.
     max_items: of a request.
     max_bytes: of a request.
     max_pixels: of an image.
@@ -52,9 +55,10 @@ class App:
   num_gpus: float = 0.0
   num_cpus: float = 1.0
   max_batch: int = 8
+  max_batches: int = 1
   batch_wait_s: float = 0.02
   max_ongoing: int = 32
-  timeout_s: float = 60.0
+  timeout_s: float = 50.0  # less than a client's try, by default 60 s
   max_items: int = 64
   max_bytes: int = 64 * 2**20
   max_pixels: int = 2048 * 2048
@@ -105,6 +109,7 @@ _LEAST = {
   "num_gpus": 0,
   "num_cpus": 0,
   "max_batch": 1,
+  "max_batches": 1,
   "batch_wait_s": 0,
   "max_ongoing": 1,
   "timeout_s": 0.001,
