@@ -3,8 +3,10 @@
 Rewards are functions of the codes: what is painted is their numbers.
 """
 
+import concurrent.futures
 import dataclasses
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from xomni_jax.data.prompts import Prompt
 from xomni_jax.errors import InputError, RunError
 from xomni_jax.inference import painter
 from xomni_jax.mesh import make_mesh
+from xomni_jax.reward_config import RewardConfig
 from xomni_jax.rewards import wire
 from xomni_jax.training import build, configure, loop, rewarding, rollout, step
 from xomni_jax.training.layout import flatten, make_layout
@@ -267,22 +270,94 @@ def test_fused_path_gives_the_numbers_of_the_host_path(
   )
 
 
-def test_fused_path_counts_a_raising_scorer_as_failed(
-  tmp_path, monkeypatch, codes_as_images
+@pytest.mark.parametrize(
+  ("path", "fault"),
+  [
+    ("host", "raises"),
+    ("fused", "raises"),
+    pytest.param("host", "short", marks=pytest.mark.slow),
+    pytest.param("fused", "short", marks=pytest.mark.slow),
+  ],
+)
+def test_scorer_that_breaks_its_promise_has_failed(
+  tmp_path, monkeypatch, codes_as_images, path, fault
 ):
+  """On both paths, of the part of a rollout that it was asked for."""
+
   def scorer(items):
     if items[0].id == "0":
-      raise RuntimeError("broken")
+      if fault == "raises":
+        raise RuntimeError("broken")
+      return share_of(WANTED)(items)[1:]
     return share_of(WANTED)(items)
 
   config = settings(
     phases__1_all__steps=1,
-    options__reward_path="fused",
+    options__reward_path=path,
     options__paint_rows=16,
+    report__preview_every=1,
   )
   config.options.combine = {"max_failure_rate": 0.6}
   (metrics,) = train(config, tmp_path, monkeypatch, scorer)
   assert metrics["reward/ocr_failed"] == 0.5
+  assert (tmp_path / "pictures" / "samples-0000001.png").exists()
+
+
+def rewarder(tmp_path, *rewards, **combine):
+  cfg = configure.parse(settings(), "test")[0].options
+  return rewarding.Rewarder(
+    rewards or cfg.rewards,
+    dataclasses.replace(cfg.combine, **combine),
+    8,
+    tmp_path,
+  )
+
+
+def test_fused_path_asks_for_all_rewards_of_all_devices_at_once(
+  tmp_path, monkeypatch
+):
+  together = threading.Barrier(2 * 3)  # devices x rewards
+
+  def scorer(items):
+    together.wait(60)
+    return share_of(WANTED)(items)
+
+  monkeypatch.setattr(rewarding, "open_scorer", lambda *args: scorer)
+  rewards = [RewardConfig(name, "http://nowhere/x") for name in "abc"]
+  asking = rewarder(tmp_path, *rewards)
+  fused = asking.fused(0, [Prompt("p", "a sign")] * 8, None)
+  images = np.zeros((4, 2, 2, 3), np.uint8)
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    tables = list(
+      pool.map(fused._ask, [images] * 2, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    )
+  assert np.stack(tables).shape == (2, 4, 3, 4)
+  assert (np.stack(tables)[..., 0] == 1).all()
+  assert all(sorted(found) == [*range(8)] for found in fused.scores.values())
+
+
+def test_what_a_server_says_besides_its_score_breaks_nothing(
+  tmp_path, monkeypatch
+):
+  """Two engines' distance is read from a reply that may hold any JSON."""
+  said = ["far", None, [1], True, 0.25, {"x": 1}, "nan", 1e999]
+
+  def scorer(items):
+    return [
+      wire.Score(i.id, True, 0.5, {"apart": x})
+      for i, x in zip(items, said, strict=True)
+    ]
+
+  monkeypatch.setattr(rewarding, "open_scorer", lambda *args: scorer)
+  asking = rewarder(tmp_path, max_failure_rate=1.0)
+  image = np.zeros((2, 2, 3), np.uint8)
+  asked = asking.ask(
+    0, [Prompt("p", "a sign")] * 8, dict.fromkeys(range(8), image)
+  )
+  heard = asking.hear(asked)
+  assert heard.combined.metrics["reward/ocr_apart"] == 0.25
+  # JSON has no infinity: that reply was none.
+  assert np.isfinite(heard.combined.rewards).sum() == 7
 
 
 def test_failures_before_a_kill_count_after_it(tmp_path, monkeypatch):

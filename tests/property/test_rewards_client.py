@@ -1,5 +1,6 @@
 """The client against a server of its own that misbehaves in every way."""
 
+import concurrent.futures
 import contextlib
 import http.server
 import json
@@ -445,6 +446,26 @@ def test_client_keeps_to_its_concurrency(serve):
   server = serve(behave)
   settings = FAST._replace(batch_items=1, concurrency=3)
   _ask([server.url], _items(20), settings)
+  assert most[0] == 3
+
+
+def test_calls_share_a_clients_concurrency(serve):
+  running, most, lock = [0], [0], threading.Lock()
+
+  def behave(items, _):
+    with lock:
+      running[0] += 1
+      most[0] = max(most[0], running[0])
+    time.sleep(0.05)
+    with lock:
+      running[0] -= 1
+    return 200, _honest(items)
+
+  settings = FAST._replace(batch_items=1, concurrency=3)
+  client = open_client([serve(behave).url], settings)
+  with concurrent.futures.ThreadPoolExecutor(5) as pool:
+    for scores in pool.map(client, [_items(4)] * 5):
+      assert all(s.ok for s in scores)
   assert most[0] == 3
 
 

@@ -1,9 +1,11 @@
 """Ledger and replay of replies, the wire's JSON, and configs of rewards."""
 
 import base64
+import errno
 import io
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 from xomni_jax import reward_config
 from xomni_jax.errors import InputError
 from xomni_jax.reward_config import CombineConfig, RewardConfig
-from xomni_jax.rewards import ocr, wire
+from xomni_jax.rewards import journal, ocr, wire
 from xomni_jax.rewards.ledger import Key, Ledger, score_once
 from xomni_jax.rewards.open import open_scorer
 from xomni_jax.rewards.replay import open_replay, record
@@ -111,22 +113,58 @@ def test_ledger_that_is_broken_inside_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_ledger_is_cut_back_to_a_step(tmp_path):
-  ledger, items = Ledger(tmp_path), _items(2)
-  for step in (1, 2, 3):
-    score_once(ledger, "ocr", _Scorer(), _keys(step, 2), items)
-  ledger.cut(2)
-  score_once(ledger, "ocr", _Scorer(), _keys(4, 2), items)
-  for now in (ledger, Ledger(tmp_path)):
-    steps = [
-      bool(
-        now.find(
-          "ocr", Key(step, "prompt0", 0), wire.image_hash(items[0].image)
-        )
-      )
-      for step in (1, 2, 3, 4)
-    ]
-    assert steps == [True, True, False, True]
+def test_ledger_has_what_was_said_before_a_kill(tmp_path):
+  items, keys = _items(6), _keys(1, 6)
+
+  def killed(part):
+    if part[0].id == "i4":
+      raise KeyboardInterrupt
+    return _Scorer()(part)
+
+  with pytest.raises(KeyboardInterrupt):
+    score_once(Ledger(tmp_path), "ocr", killed, keys, items, size=2)
+  back = _Scorer()
+  scores, found = score_once(Ledger(tmp_path), "ocr", back, keys, items, 2)
+  assert found == 4 and back.asked == ["i4", "i5"]
+  assert [s.id for s in scores] == [i.id for i in items]
+
+
+def test_ledger_asks_for_all_parts_at_once(tmp_path):
+  items, keys = _items(7), _keys(1, 7)
+  together = threading.Barrier(4)
+
+  def scorer(part):
+    together.wait(30)  # until the others are here too
+    return _Scorer()(part)
+
+  scores, _ = score_once(
+    Ledger(tmp_path), "ocr", scorer, keys, items, size=2, together=True
+  )
+  assert scores == _Scorer()(items)
+  assert len(Ledger(tmp_path)) == 7
+
+
+def test_full_disk_costs_no_score_and_tears_no_line(
+  tmp_path, monkeypatch, capfd
+):
+  write, items, ledger = os.write, _items(2), Ledger(tmp_path)
+  score_once(ledger, "ocr", _Scorer(), _keys(0, 2), items)
+
+  def full(file, data):
+    if len(data) < 20:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    return write(file, data[:-15])
+
+  monkeypatch.setattr(journal.os, "write", full)
+  for step in (1, 2):
+    scores, _ = score_once(ledger, "ocr", _Scorer(), _keys(step, 2), items)
+    assert all(s.ok for s in scores)
+  assert score_once(ledger, "ocr", None, _keys(1, 2), items)[1] == 2
+  monkeypatch.undo()
+  score_once(ledger, "ocr", _Scorer(), _keys(3, 2), items)
+  (line,) = capfd.readouterr().err.splitlines()
+  assert "scores-0.jsonl can't be written (No space left on device)" in line
+  assert len(Ledger(tmp_path)) == 4  # of steps 0 and 3
 
 
 def test_ledger_of_one_process_finds_what_others_wrote(tmp_path):

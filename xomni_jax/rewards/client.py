@@ -85,9 +85,10 @@ def open_client(
   )
   places = endpoints or Endpoints([u.rstrip("/") + PATH for u in urls])
   stop = stop or threading.Event()
+  slots = threading.Semaphore(settings.concurrency)  # of all calls together
 
   def score(items: Sequence[Item]) -> list[Score]:
-    call = _Call(http, places, settings, clock, stop, list(items))
+    call = _Call(http, places, settings, clock, stop, slots, list(items))
     return call.scores()
 
   return score
@@ -96,8 +97,8 @@ def open_client(
 class _Call:
   """One call of the scorer: threads fill in scores until the deadline."""
 
-  def __init__(self, http, places, settings, clock, stop, items):
-    self._http, self._places = http, places
+  def __init__(self, http, places, settings, clock, stop, slots, items):
+    self._http, self._places, self._slots = http, places, slots
     self._settings, self._clock, self._stop = settings, clock, stop
     self._end = clock() + settings.deadline
     self._items = items
@@ -149,11 +150,16 @@ class _Call:
         indices = self._batches.get_nowait()
       except queue.Empty:
         return
+      while not self._slots.acquire(timeout=max(0.0, min(self._left(), 0.5))):
+        if self._done():
+          return
       try:
         self._send_in_parts(indices)
       except Exception as e:  # else its items would wait for the deadline
         rest = [i for i in indices if i not in self._found]
         self._fail(rest, "client", f"{type(e).__name__}: {e}")
+      finally:
+        self._slots.release()
 
   def _send_in_parts(self, indices):
     """Encodes a batch and sends it, in parts of at most `batch_bytes`."""

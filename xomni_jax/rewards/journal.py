@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 from pathlib import Path
 
 from xomni_jax.errors import InputError
@@ -17,7 +18,7 @@ class Journal:
     Raises:
       InputError: the file can't be opened, or is no journal.
     """
-    self.path = Path(path)
+    self.path, self._said = Path(path), False
     try:
       self.path.parent.mkdir(parents=True, exist_ok=True)
       _cut_torn_line(self.path)
@@ -31,11 +32,32 @@ class Journal:
       ) from None
 
   def add(self, values) -> None:
-    """Appends values, each a line, in one write."""
+    """Appends values, each a line, in one write; all of them or, where that
+    raises OSError, none."""
     lines = "".join(json.dumps(v, allow_nan=False) + "\n" for v in values)
     data = memoryview(lines.encode())
-    while data:  # a write may be short, on a full disk for one
-      data = data[os.write(self._file, data) :]
+    before = os.fstat(self._file).st_size
+    try:
+      while data:  # a write may be short, on a full disk for one
+        data = data[os.write(self._file, data) :]
+    except OSError:
+      with contextlib.suppress(OSError):
+        os.ftruncate(self._file, before)
+      raise
+
+  def try_add(self, values) -> None:
+    """`add`; a disk that takes no more is a line on standard error, once."""
+    try:
+      self.add(values)
+    except OSError as e:
+      if not self._said:
+        print(
+          f"warning: {self.path} can't be written ({e.strerror}); the run goes "
+          "on without, make room there",
+          file=sys.stderr,
+          flush=True,
+        )
+      self._said = True
 
   def close(self) -> None:
     """Closes the file; nothing can be added any more."""

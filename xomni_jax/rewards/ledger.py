@@ -5,7 +5,9 @@ Failures are not kept: a run that was stopped because its server was down asks
 again when it goes on.
 """
 
+import concurrent.futures
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +35,7 @@ class Key(NamedTuple):
 
 
 class Ledger:
-  """The scores of a run, by reward, sample and image."""
+  """The scores of a run, by reward, sample and image; for threads."""
 
   def __init__(self, folder: str | os.PathLike, process: int = 0):
     """Opens a folder of ledgers, one file for each process of the run.
@@ -44,8 +46,8 @@ class Ledger:
     Raises:
       InputError: a file is no ledger.
     """
-    self._path = Path(folder) / f"scores-{process}.jsonl"
-    self._journal = Journal(self._path)
+    self._journal = Journal(Path(folder) / f"scores-{process}.jsonl")
+    self._lock = threading.Lock()
     self._scores: dict[tuple, Score] = {}
     for path in sorted(Path(folder).glob("scores-*.jsonl")):
       self._scores |= dict(_entries(path))
@@ -64,27 +66,21 @@ class Ledger:
     image_hashes: Sequence[str],
     scores: Sequence[Score],
   ) -> None:
-    """Adds scores; not failures, nor what is there already."""
-    lines = []
-    for key, image_hash, score in zip(keys, image_hashes, scores, strict=True):
-      place = (reward, *key, image_hash)
-      if score.ok and place not in self._scores:
-        self._scores[place] = score
-        lines.append([*place, score._asdict()])
-    self._journal.add(lines)
+    """Adds scores; not failures, nor what is there already.
 
-  def cut(self, step: int) -> None:
-    """Forgets what was said after a step; other processes' files stay."""
-    self._scores = {k: v for k, v in self._scores.items() if k[1] <= step}
-    lines = [v for v in read_journal(self._path) if v[1] <= step]
-    self._journal.close()
-    part = self._path.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    journal = Journal(part)
-    journal.add(lines)
-    journal.close()
-    part.replace(self._path)
-    self._journal = Journal(self._path)
+    Where they can't be written they are here all the same, and a run that is
+    resumed asks for them again.
+    """
+    lines = []
+    with self._lock:
+      for key, image_hash, score in zip(
+        keys, image_hashes, scores, strict=True
+      ):
+        place = (reward, *key, image_hash)
+        if score.ok and place not in self._scores:
+          self._scores[place] = score
+          lines.append([*place, score._asdict()])
+      self._journal.try_add(lines)
 
 
 def score_once(
@@ -93,24 +89,37 @@ def score_once(
   scorer: Scorer,
   keys: Sequence[Key],
   items: Sequence[Item],
+  size: int = 0,
+  together: bool = False,
 ) -> tuple[list[Score], int]:
-  """(scores, how many were found in the ledger); asks for the others only."""
+  """(scores, how many were found in the ledger); asks for the others only.
+
+  Args:
+    size: items of a call of the scorer, whose scores are in the ledger as soon
+      as it is over; 0: all.
+    together: make all calls at once, each in a thread.
+  """
   hashes = [wire.image_hash(item.image) for item in items]
   found = [
     ledger.find(reward, key, image_hash)
     for key, image_hash in zip(keys, hashes, strict=True)
   ]
   missing = [i for i, score in enumerate(found) if score is None]
-  asked = [items[i] for i in missing]
-  new = [wire.checked(score) for score in scorer(asked)] if asked else []
-  ledger.add(
-    reward,
-    [keys[i] for i in missing],
-    [hashes[i] for i in missing],
-    new,
-  )
-  for i, score in zip(missing, new, strict=True):
-    found[i] = score
+
+  def ask(part):
+    new = [wire.checked(score) for score in scorer([items[i] for i in part])]
+    ledger.add(reward, [keys[i] for i in part], [hashes[i] for i in part], new)
+    for i, score in zip(part, new, strict=True):
+      found[i] = score
+
+  size = size or len(missing) or 1
+  parts = [missing[i : i + size] for i in range(0, len(missing), size)]
+  if together and len(parts) > 1:
+    with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
+      list(pool.map(ask, parts))
+  else:
+    for part in parts:
+      ask(part)
   # The id is the caller's of this time.
   scores = [
     score._replace(id=item.id) for score, item in zip(found, items, strict=True)

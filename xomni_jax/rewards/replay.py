@@ -27,7 +27,7 @@ def record(scorer: Scorer, path: str | os.PathLike, reward: str) -> Scorer:
       for item, score in zip(items, scores, strict=True)
     ]
     with lock:
-      journal.add(lines)
+      journal.try_add(lines)
     return scores
 
   return score

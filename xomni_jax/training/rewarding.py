@@ -7,6 +7,7 @@ processes. On the fused path a callback asks inside the program that paints.
 
 import collections
 import concurrent.futures
+import contextlib
 import pathlib
 import threading
 import time
@@ -18,7 +19,7 @@ import numpy as np
 from jax.experimental import io_callback, multihost_utils
 
 from xomni_jax.data.prompts import Prompt
-from xomni_jax.reward_config import CombineConfig, RewardConfig
+from xomni_jax.reward_config import CombineConfig, RewardConfig, parse_source
 from xomni_jax.rewards import combine, journal, ledger, wire
 from xomni_jax.rewards.open import open_scorer
 
@@ -82,8 +83,16 @@ class Rewarder:
     self._rewards, self._cfg, self._group_size = rewards, cfg, group_size
     self._over = threading.Event()
     self._scorers = {
-      r.name: open_scorer(r, text_backend, self._over) for r in rewards
+      r.name: _reliable(open_scorer(r, text_backend, self._over))
+      for r in rewards
     }
+    # Engines in this process are asked by one thread at a time.
+    self._alone = {
+      r.name: threading.Lock()
+      for r in rewards
+      if any(source.kind != "http" for source in parse_source(r.source))
+    }
+    self._at_once = {r.name: r.batch_items for r in rewards}
     self._ledger = ledger.Ledger(folder, jax.process_index())
     # What was seen of failures and drifts, by step; all processes read it.
     self._watched = pathlib.Path(folder) / "watched.jsonl"
@@ -112,7 +121,11 @@ class Rewarder:
     return Asked(step, images, prompts, futures)
 
   def _score(self, name, step, prompts, images) -> dict[int, wire.Score]:
-    """{row: score}; what the ledger has is not asked again."""
+    """{row: score}; what the ledger has is not asked again.
+
+    It never raises: on the fused path that would end the job without a word,
+    and on the host path the other processes would wait for this one.
+    """
     group = self._group_size
     keys = [
       ledger.Key(step, f"{row // group}:{prompts[row].key}", row % group)
@@ -122,9 +135,16 @@ class Rewarder:
       wire.Item(str(row), image, *_item(prompts[row]))
       for row, image in images.items()
     ]
-    scores, _ = ledger.score_once(
-      self._ledger, name, self._scorers[name], keys, items
-    )
+    with self._alone.get(name, contextlib.nullcontext()):
+      scores, _ = ledger.score_once(
+        self._ledger,
+        name,
+        self._scorers[name],
+        keys,
+        items,
+        size=self._at_once[name],
+        together=name not in self._alone,
+      )
     return dict(zip(images, scores, strict=True))
 
   def fused(self, step: int, prompts: Sequence[Prompt], mesh) -> "_Fused":
@@ -170,7 +190,7 @@ class Rewarder:
       )
       if self._journal:
         seen = {"failures": [found.asked, found.failed], "means": found.means}
-        self._journal.add([{"step": asked.step, **seen}])
+        self._journal.try_add([{"step": asked.step, **seen}])
     return Heard(found, scores, seconds, warnings)
 
   def _history_before(self, step: int) -> combine.History:
@@ -197,13 +217,13 @@ class Rewarder:
 class _Fused:
   """A callback on all devices of a mesh, each with rows of its own.
 
-  Sharded over fewer axes it would score images twice; and it never raises,
-  since an exception in there ends the job without a word.
+  Sharded over fewer axes it would score images twice. Devices call at once,
+  and each asks for all rewards at once: a server that hangs costs a pass of
+  painting its deadline, not each device and reward one.
   """
 
   def __init__(self, score, names, mesh):
     self._score, self._names, self._mesh = score, names, mesh
-    self._lock = threading.Lock()  # devices call at once
     self.step, self.prompts, self.scores = 0, (), {}
 
   def __call__(self, images: jax.Array, rows: jax.Array) -> jax.Array:
@@ -231,20 +251,31 @@ class _Fused:
   def _ask(self, images, rows) -> np.ndarray:
     images, rows = np.asarray(images), np.asarray(rows)
     mine = {int(r): images[i] for i, r in enumerate(rows) if r >= 0}
-    tables = []
-    for name in self._names:
-      try:
-        with self._lock:
-          found = self._score(name, self.step, self.prompts, mine)
-          self.scores[name].update(found)
-      except Exception as e:  # a scorer's own promise, kept once more
-        found = {
-          row: wire.failed(str(row), "other", f"{type(e).__name__}: {e}")
-          for row in mine
-        }
+
+    def ask(name):
+      found = self._score(name, self.step, self.prompts, mine)
+      self.scores[name].update(found)
       by_place = {i: found[int(r)] for i, r in enumerate(rows) if r >= 0}
-      tables.append(_table(by_place, len(rows)))
-    return np.stack(tables, axis=1)
+      return _table(by_place, len(rows))
+
+    with concurrent.futures.ThreadPoolExecutor(len(self._names)) as pool:
+      return np.stack(list(pool.map(ask, self._names)), axis=1)
+
+
+def _reliable(scorer):
+  """A scorer that keeps what one promises: a Score of each item, no error."""
+
+  def score(items):
+    try:
+      scores = [wire.checked(score) for score in scorer(items)]
+      if len(scores) != len(items):
+        raise ValueError(f"{len(scores)} scores of {len(items)} items")
+      return scores
+    except Exception as e:
+      message = f"{type(e).__name__}: {e}"
+      return [wire.failed(item.id, "client", message) for item in items]
+
+  return score
 
 
 def _item(prompt: Prompt):
@@ -257,18 +288,25 @@ def _table(scores: Mapping[int, wire.Score], count: int) -> np.ndarray:
   table[:, 0] = 0
   for row, score in scores.items():
     kind = score.error_kind or ""
-    raw = score.raw if isinstance(score.raw, dict) else {}
+    apart = score.raw.get("apart") if isinstance(score.raw, dict) else None
+    there = score.ok and wire.is_finite_number(apart)  # a server may say any
     table[row] = (
       1,
       np.nan if score.score is None else score.score,
       _KINDS.index(kind if kind in _KINDS else "other"),
-      raw.get("apart", np.nan) if score.ok else np.nan,
+      apart if there else np.nan,
     )
   return table
 
 
 def gathered(table: np.ndarray) -> np.ndarray:
-  """f32[R, N, 4] of all processes; each row comes from the one that has it."""
+  """f32[R, N, 4] of all processes; each row comes from the one that has it.
+
+  Rewards are combined on the host of every process, in a few kilobytes. An
+  array of the rows that each process has would need their number to be alike
+  (`jax.make_array_from_process_local_data`), which is not so where a device's
+  rows are held by several processes, and would come to the hosts all the same.
+  """
   if jax.process_count() == 1:
     return table
   parts = multihost_utils.process_allgather(table)  # [processes, R, N, 4]
