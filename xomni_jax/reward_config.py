@@ -75,7 +75,8 @@ class RewardConfig:
     engines: "mean" or "min" over several engines.
     normalise: before the sum: "none"; "range" maps low..high to 0..1 and cuts
       off; "group" standardises within a prompt's samples.
-    low, high: of "range".
+    low, high: the range of its scores: what "range" maps, and what drifts
+      are measured in.
     floor: least deviation that "group" divides by: where all samples are
       nearly alike, their noise is not blown up.
     deadline: seconds that a call may take, retries and waiting included.
@@ -182,8 +183,9 @@ class CombineConfig:
       unless it can't get below the rate any more.
     drift_window: steps; the alarm compares the last so many with as many
       before; 0: no alarm.
-    drift_rise, drift_fall: it warns where the total rose by at least the
-      former, and a shadow fell by at least the latter.
+    drift_rise, drift_fall: it warns where an optimised reward rose by at
+      least the former, and a shadow fell by at least the latter; shares of the
+      reward's range, high - low.
   """
 
   quorum: float = 0.5

@@ -15,9 +15,12 @@ from xomni_jax.rewards.combine import (
   History,
   column,
   combine,
+  drift_metrics,
+  joined,
   watch,
 )
 from xomni_jax.rewards.wire import Score
+from xomni_jax.training.policy import group_advantages
 
 
 def _reward(name, weight=1.0, **kwargs):
@@ -88,9 +91,8 @@ def test_combine_equals_a_loop_over_samples(seed):
     columns[reward.name] = _column(values, absent)
   quorum = float(rng.uniform(0.2, 1))
   found = combine(columns, rewards, group_size, quorum)
-  assert found.rewards.dtype == np.float32
   np.testing.assert_allclose(
-    found.rewards, _slow(columns, rewards, group_size, quorum), rtol=1e-6
+    found.rewards, _slow(columns, rewards, group_size, quorum), rtol=1e-12
   )
   assert all(math.isfinite(value) for value in found.metrics.values())
   json.dumps(found.metrics)
@@ -163,6 +165,43 @@ def test_combine_of_everything_failed_has_no_reward_and_no_mean():
   assert found.metrics["reward/masked"] == 1
 
 
+def test_advantages_do_not_see_shifts_of_scores():
+  """From the scores to the advantages, in float64 all the way."""
+  rng = np.random.default_rng(0)
+  rewards = (_reward("ocr", 1.0), _reward("judge", 0.5))
+  scores = rng.uniform(0, 1, (2, 32))
+  scores[0, 3] = np.nan
+  for normalise in (True, False):
+
+    def advantages(shift, normalise=normalise):
+      columns = {"ocr": _column(scores[0] + shift), "judge": _column(scores[1])}
+      found = combine(columns, rewards, 8, 0.5).rewards
+      return group_advantages(found, 8, normalise=normalise)
+
+    plain = advantages(0.0)
+    assert np.abs(plain).max() > 0.1
+    for shift in (-5.0, 1000.0):
+      assert np.abs(advantages(shift) - plain).max() < 1e-6
+
+
+def test_joined_columns_are_those_of_one_large_step():
+  """Every sample counts alike, however many of its step have failed."""
+  good, bad = _column([0.8] * 4), _column([math.nan] * 4)
+  other = _column([0.2, math.nan, math.nan, 0.4], [False, True, False, False])
+  steps = [
+    {"ocr": c._replace(apart=a)}
+    for c, a in ((good, 0.1), (bad, math.nan), (other, 0.3))
+  ]
+  (column,) = joined(steps).values()
+  found = combine({"ocr": column}, (_reward("ocr"),), 4, 0.5)
+  assert found.metrics["reward/ocr"] == pytest.approx((4 * 0.8 + 0.6) / 6)
+  assert found.metrics["reward/ocr_failed"] == pytest.approx(5 / 11)
+  assert found.metrics["reward/ocr_absent"] == pytest.approx(1 / 12)
+  assert found.metrics["reward/ocr_apart"] == pytest.approx(0.2)
+  assert found.metrics["reward/groups_dropped"] == pytest.approx(1 / 3)
+  assert (found.asked, found.failed) == (11, 5)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_combine_refuses_groups_that_do_not_divide(size):
   with pytest.raises(ValueError, match="groups"):
@@ -230,12 +269,12 @@ def test_watch_with_a_rate_of_1_never_stops():
 def test_watch_warns_once_where_a_shadow_falls():
   rewards = (_reward("ocr"), _reward("hps", 0.0))
   cfg = CombineConfig(drift_window=5)
-  apart = [_step(8, 0, ocr=0.01 * n, hps=0.9 - 0.01 * n) for n in range(14)]
+  apart = [_step(8, 0, ocr=0.01 * n, hps=0.9 - 0.01 * n) for n in range(24)]
   survived, warnings = _run(apart, cfg, rewards)
-  assert survived == 14
+  assert survived == 24
   assert len(warnings) == 1
-  assert "ocr rose by 0.050" in warnings[0]
-  assert "hps fell by 0.050 to 0.830" in warnings[0]
+  assert "ocr rose by 5.0%" in warnings[0]
+  assert "hps fell by 5.0% to 0.830" in warnings[0]
   together = [_step(8, 0, ocr=0.01 * n, hps=0.01 * n) for n in range(20)]
   assert _run(together, cfg, rewards) == (20, [])
   falling = [_step(8, 0, ocr=-0.1 * n, hps=-0.1 * n) for n in range(20)]
@@ -243,3 +282,40 @@ def test_watch_warns_once_where_a_shadow_falls():
   silent = [_step(8, 8)] * 20  # no mean at all
   loose = CombineConfig(drift_window=5, max_failure_rate=1.0)
   assert _run(silent, loose, rewards) == (20, [])
+
+
+def test_drifts_are_shares_of_each_reward_s_range():
+  """A tenth of a range each, whatever the range is."""
+  cfg = CombineConfig(drift_window=2, drift_rise=0.09, drift_fall=0.09)
+  means = [(0.30, 3.0), (0.30, 3.0), (0.32, 2.6), (0.32, 2.6)]
+  steps = [_step(8, 0, hps=a, judge=b) for a, b in means]
+  hps = {"low": 0.2, "high": 0.4}
+  judge = {"low": 1.0, "high": 5.0}
+  rewards = (_reward("hps", **hps), _reward("judge", 0.0, **judge))
+  assert len(_run(steps, cfg, rewards)[1]) == 1
+  for changed in (hps, judge):
+    wider = {**changed, "high": changed["high"] * 2}
+    ranges = [wider if r is changed else r for r in (hps, judge)]
+    rewards = (_reward("hps", **ranges[0]), _reward("judge", 0.0, **ranges[1]))
+    assert _run(steps, cfg, rewards)[1] == []
+
+
+def test_drift_is_a_metric_while_it_lasts():
+  rewards = (_reward("ocr"), _reward("hps", 0.0), _reward("other", 0.0))
+  cfg = CombineConfig(drift_window=3, drift_fall=0.015)
+  history, seen, warned = History([], []), [], []
+  for n in range(18):
+    fall = min(0.01 * n, 0.08)
+    step = _step(8, 0, ocr=0.01 * n, hps=0.9 - fall, other=0.5)
+    history, warnings = watch(history, step, rewards, cfg)
+    warned += [n] * len(warnings)
+    seen.append(drift_metrics(history, rewards, cfg))
+    if n == 6:  # a run that is resumed has the last steps alone
+      history = History([], history.means[-6:])
+  assert all(m.keys() == {"drift/hps", "drift/other"} for m in seen)
+  assert not any(m["drift/other"] for m in seen)
+  # From the first two windows on, until hps has stood for most of them.
+  assert [n for n, m in enumerate(seen) if m["drift/hps"]] == [*range(5, 11)]
+  assert warned == [5]
+  off = CombineConfig(drift_window=0)
+  assert drift_metrics(History([], []), rewards, off) == {}

@@ -33,7 +33,8 @@ class Combined(NamedTuple):
   """The rewards of a step.
 
   Attributes:
-    rewards: f32[B*G]; NaN where masked.
+    rewards: f64[B*G], since advantages are small differences of them; NaN
+      where masked.
     metrics: "reward/...", all finite; one without a value is left out.
     means: reward's name -> mean of its scores.
     asked, failed: scores of optimised rewards, absent ones not counted.
@@ -53,7 +54,7 @@ class History(NamedTuple):
 
   Attributes:
     failures: [asked, failed] of each step.
-    means: {reward's name: mean} of each step.
+    means: {reward's name: mean} of each step, as many as drifts need.
   """
 
   failures: list
@@ -75,6 +76,24 @@ def column(scores: Sequence[Score]) -> Column:
     float(np.mean(apart)) if apart else math.nan,
     collections.Counter(s.error_kind for s in scores if not s.ok),
   )
+
+
+def joined(parts: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
+  """The columns of several steps as those of one."""
+  out = {}
+  for name in parts[0]:
+    columns = [part[name] for part in parts]
+    apart = [c.apart for c in columns if math.isfinite(c.apart)]
+    out[name] = Column(
+      np.concatenate([c.values for c in columns]),
+      np.concatenate([c.absent for c in columns]),
+      float(np.mean(apart)) if apart else math.nan,
+      sum(
+        (collections.Counter(c.reasons) for c in columns),
+        start=collections.Counter(),
+      ),
+    )
+  return out
 
 
 def combine(
@@ -123,7 +142,7 @@ def combine(
   asked = {r.name: int((~columns[r.name].absent).sum()) for r in optimised}
   failed = {r.name: columns[r.name].reasons for r in optimised}
   return Combined(
-    total.astype(np.float32),
+    total,
     _metrics(columns, groups, dropped),
     {
       name: float(np.nanmean(c.values))
@@ -144,8 +163,9 @@ def watch(
 ) -> tuple[History, list[str]]:
   """The history with one more step, and warnings, each one line.
 
-  It warns where an optimised reward rose while a shadow fell: the policy then
-  learns what pleases the former and not what both stand for.
+  It warns when an optimised reward has risen while a shadow has fallen: the
+  policy then learns what pleases the former and not what both stand for. It
+  does not repeat that while it stays so; `drift_metrics` do.
 
   Raises:
     RunError: more than `cfg.max_failure_rate` of the scores of `cfg.window`
@@ -163,11 +183,25 @@ def watch(
       f"steps ({', '.join(f'{r} {n}' for r, n in reasons)}); see to their "
       "servers, then start the run again: it goes on"
     )
-  means = [*history.means, combined.means][-2 * cfg.drift_window :]
   if not cfg.drift_window:
     return History(failures, []), []
-  warnings = _drifts(means, rewards, cfg)
-  return History(failures, [] if warnings else means), warnings
+  means = [*history.means, combined.means][-2 * cfg.drift_window - 1 :]
+  before = _drifts(means[:-1], rewards, cfg)
+  drifts = _drifts(means, rewards, cfg)
+  warnings = [line for pair, line in drifts.items() if pair not in before]
+  return History(failures, means), warnings
+
+
+def drift_metrics(
+  history: History, rewards: Sequence[RewardConfig], cfg: CombineConfig
+) -> dict[str, float]:
+  """{"drift/NAME": 1 while shadow NAME falls and a reward rises, else 0}."""
+  if not cfg.drift_window:
+    return {}
+  fallen = {shadow for _, shadow in _drifts(history.means, rewards, cfg)}
+  return {
+    f"drift/{r.name}": float(r.name in fallen) for r in rewards if r.weight == 0
+  }
 
 
 def _normalised(values, reward, group_size):
@@ -207,25 +241,29 @@ def _metrics(columns, groups, dropped):
 
 
 def _drifts(means, rewards, cfg):
-  """A line for each pair of a rising reward and a falling shadow."""
+  """{(rising reward, falling shadow): a line}; sizes are shares of ranges."""
   window = cfg.drift_window
   if len(means) < 2 * window:
-    return []
+    return {}
   rise, now = {}, {}
   for reward in rewards:
     before, after = (
       [m[reward.name] for m in part if reward.name in m]
-      for part in (means[:window], means[window:])
+      for part in (means[-2 * window : -window], means[-window:])
     )
     if before and after:
       now[reward.name] = float(np.mean(after))
-      rise[reward.name] = now[reward.name] - float(np.mean(before))
+      moved = now[reward.name] - float(np.mean(before))
+      rise[reward.name] = moved / (reward.high - reward.low)
   up = [r.name for r in rewards if r.weight > 0]
   down = [r.name for r in rewards if r.weight == 0]
-  return [
-    f"rewards drift apart: in {window} steps {a} rose by {rise[a]:.3f} to "
-    f"{now[a]:.3f} while its shadow {b} fell by {-rise[b]:.3f} to {now[b]:.3f}"
+  return {
+    (a, b): (
+      f"rewards drift apart: in {window} steps {a} rose by {rise[a]:.1%} of "
+      f"its range to {now[a]:.3f} while the shadow {b} fell by {-rise[b]:.1%} "
+      f"to {now[b]:.3f}"
+    )
     for a in up
     for b in down
     if rise.get(a, 0) >= cfg.drift_rise and -rise.get(b, 0) >= cfg.drift_fall
-  ]
+  }
