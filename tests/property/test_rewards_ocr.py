@@ -293,6 +293,18 @@ def test_got_reads_as_its_model_generates(tmp_path):
   assert readings[0] != readings[1]
 
 
+def test_got_reads_an_image_alone_as_beside_one_with_a_longer_target(tmp_path):
+  torch = pytest.importorskip("torch")
+  _tiny_got(torch, pytest.importorskip("transformers"), tmp_path)
+  engine = ocr.open_engine("got", model=str(tmp_path))
+  # The random model ends nowhere: its text is as long as it may be.
+  short, long = (_sign(0)._replace(targets=(t,)) for t in ("", "x" * 60))
+  together = engine.read([short, long])
+  assert engine.read([short]) == together[:1]
+  assert together[1].text.startswith(together[0].text)
+  assert together[1].text != together[0].text
+
+
 @pytest.mark.slow
 def test_got_behind_a_sidecar_scores_as_in_this_process(tmp_path):
   pytest.importorskip("fastapi")

@@ -285,16 +285,18 @@ def open_got(
     images = [Image.fromarray(item.image) for item in items]
     inputs = processor(images, return_tensors="pt").to(device)
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    # Half as much again as the longest target: a loop ends there.
-    longest = max(len(" ".join(item.targets)) for item in items)
+    # Half as much again as its own target: a loop ends there, whatever the
+    # neighbours' targets are.
+    limits = [int(1.5 * len(" ".join(item.targets))) + 64 for item in items]
     tokens = net.generate(
       **inputs,
       do_sample=False,
       tokenizer=processor.tokenizer,
       stop_strings="<|im_end|>",
-      max_new_tokens=int(1.5 * longest) + 64,
+      max_new_tokens=max(limits),
     )[:, inputs["input_ids"].shape[1] :]
-    texts = processor.batch_decode(tokens, skip_special_tokens=True)
+    rows = [row[:limit] for row, limit in zip(tokens, limits, strict=True)]
+    texts = processor.batch_decode(rows, skip_special_tokens=True)
     return [Reading(text.removesuffix("<|im_end|>").strip()) for text in texts]
 
   commit = getattr(net.config, "_commit_hash", None) or revision
