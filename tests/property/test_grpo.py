@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers import GOLDEN
+from xomni_jax import mesh as mesh_lib
 from xomni_jax.data.prompts import Prompt
 from xomni_jax.errors import InputError, RunError
-from xomni_jax.inference import painter
+from xomni_jax.inference import painter, sheets
 from xomni_jax.mesh import make_mesh
 from xomni_jax.reward_config import RewardConfig
 from xomni_jax.rewards import wire
@@ -388,20 +390,48 @@ def test_failures_before_a_kill_count_after_it(tmp_path, monkeypatch):
     hear(again, 3)
 
 
-def test_prompt_that_does_not_fit_is_named_and_masked(
-  tmp_path, monkeypatch, codes_as_images, capsys
+@pytest.mark.parametrize(
+  "path", ["host", pytest.param("fused", marks=pytest.mark.slow)]
+)
+def test_prompt_that_does_not_fit_is_named_and_counts_nowhere(
+  tmp_path, monkeypatch, codes_as_images, capsys, path
 ):
+  """Its images would have the best scores of all."""
   file = tmp_path / "prompts.jsonl"
   texts = ["a sign", "long " * 200, "a cat", "a dog"]
   file.write_text("".join(f'{{"prompt": "{text}"}}\n' for text in texts))
-  config = settings(phases__1_all__steps=1, data__shuffle=False)
-  config.data.sources = ({"path": str(file), "task": "prompt"},)
-  (metrics,) = train(config, tmp_path / "run", monkeypatch, share_of(WANTED))
-  assert "prompt prompts.jsonl:2 has more than 80 tokens" in (
-    capsys.readouterr().err
+  asked = []
+
+  def scorer(items):
+    asked.extend(item.prompt for item in items)
+    return [
+      wire.Score(i.id, True, 1.0 if i.prompt.startswith("long") else 0.25)
+      for i in items
+    ]
+
+  config = settings(
+    phases__1_all__steps=1,
+    data__shuffle=False,
+    report__eval_every=1,
+    report__eval_batches=1,
+    report__preview_every=1,
+    options__reward_path=path,
+    options__paint_rows=16,
   )
+  config.data.sources = ({"path": str(file), "task": "prompt"},)
+  config.eval_data.sources = config.data.sources
+  found = train(config, tmp_path / "run", monkeypatch, scorer)
+  metrics = {k: v for line in found for k, v in line.items()}
+  said = capsys.readouterr().err
+  assert said.count("prompt prompts.jsonl:2 has more than 80 tokens") == 2
   # The rest of the rollout counts: entropy is a mean over what does.
   assert np.isfinite(metrics["grpo/entropy"]) and metrics["grpo/entropy"] > 0
+  assert metrics["grpo/tokens"] == 24 * 6
+  for where in ("reward", "held_out"):
+    assert metrics[f"{where}/ocr"] == metrics[f"{where}/total"] == 0.25
+    assert metrics[f"{where}/ocr_absent"] == metrics[f"{where}/masked"] == 0.25
+    assert metrics[f"{where}/ocr_failed"] == 0
+  assert sorted(asked) == sorted(["a sign", "a cat", "a dog"] * 16)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -441,6 +471,62 @@ def test_rollout_has_to_be_whole_groups(tmp_path):
   cfg, arch = configure.parse(config, "test")
   with pytest.raises(InputError, match="sample_rows is 12, expected a part"):
     build.stage(cfg, arch, config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("options", "said"),
+  [
+    (
+      {"reward_path": "fused", "paint_rows": 12},
+      "paint_rows is 12, expected a multiple of the 8 devices .* try 16",
+    ),
+    ({"score_rows": 4}, "score_rows is 4, expected a multiple of the 8 batch"),
+    # Rows are split over `data`, rewards are asked for by all devices.
+    (
+      {
+        "rollout_mesh": "(('data', 2), ('tensor', 4))",
+        "reward_path": "fused",
+        "paint_rows": 4,
+      },
+      "paint_rows is 4, expected a multiple of the 8 devices",
+    ),
+    ({"reward_path": "fused", "paint_rows": 24, "score_rows": 8}, None),
+    ({"paint_rows": 12}, None),
+  ],
+)
+def test_rows_have_to_go_into_devices(tmp_path, monkeypatch, options, said):
+  monkeypatch.setattr(jax, "device_count", lambda: 8)
+  config = settings(**{f"options__{k}": v for k, v in options.items()})
+  cfg, arch = configure.parse(config, "test")
+  if said is None:
+    build.stage(cfg, arch, config, tmp_path).close()
+    return
+  with pytest.raises(InputError, match=said) as error:
+    build.stage(cfg, arch, config, tmp_path)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("most", [1, 40, 100])
+def test_array_in_pieces_is_the_array(most):
+  x = jnp.arange(2 * 7 * 5, dtype=jnp.uint8).reshape(2, 7, 5)
+  sizes = []
+
+  def gather(x):
+    sizes.append(x.nbytes)
+    return np.asarray(x)
+
+  assert (mesh_lib._in_pieces(x, gather, most) == np.asarray(x)).all()
+  assert max(sizes) <= max(most, 10) and (most < 70) == (len(sizes) > 1)
+
+
+def test_chinese_prompts_are_spelled_under_images():
+  pytest.importorskip("pylopdf_fonts_zh_cn")
+  paint = lambda text: np.asarray(
+    sheets.grid([sheets.Picture(Image.new("RGB", (240, 8)), text)])
+  )
+  # Letters that a font lacks all look alike.
+  assert (paint("出口 ab") != paint("入口 ab")).any()
+  assert (paint("出口 ab") == paint("出口 ab")).all()
 
 
 @pytest.fixture

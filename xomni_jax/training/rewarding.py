@@ -33,14 +33,14 @@ class Asked(NamedTuple):
   Attributes:
     step: of the run.
     images: {row: u8[H, W, 3]} of this process.
-    prompts: of all rows.
+    prompts: of all rows; None: the row does not count.
     futures: {reward's name: its scores of `images`, in their order}.
     table: of all rows, where they are here already (the fused path).
   """
 
   step: int
   images: Mapping[int, np.ndarray]
-  prompts: Sequence[Prompt]
+  prompts: Sequence[Prompt | None]
   futures: Mapping[str, concurrent.futures.Future]
   table: np.ndarray | None = None
 
@@ -50,12 +50,14 @@ class Heard(NamedTuple):
 
   Attributes:
     combined: of all processes.
+    columns: what it was combined from.
     scores: {reward's name: {row: Score}} of this process.
     seconds: waited.
     warnings: lines.
   """
 
   combined: combine.Combined
+  columns: Mapping[str, combine.Column]
   scores: Mapping[str, Mapping[int, wire.Score]]
   seconds: float
   warnings: Sequence[str]
@@ -105,13 +107,17 @@ class Rewarder:
     self._fused: _Fused | None = None
 
   def ask(
-    self, step: int, prompts: Sequence[Prompt], images: Mapping[int, np.ndarray]
+    self,
+    step: int,
+    prompts: Sequence[Prompt | None],
+    images: Mapping[int, np.ndarray],
   ) -> Asked:
     """Starts asking for the images of a rollout.
 
     Args:
       step: of the run, under which the ledger keeps what is said.
-      prompts: of all rows, those of a group adjacent.
+      prompts: of all rows, those of a group adjacent; None: no reward is asked
+        for the row, all are absent.
       images: {row: u8[H, W, 3]} that this process asks for.
     """
     futures = {
@@ -127,13 +133,14 @@ class Rewarder:
     and on the host path the other processes would wait for this one.
     """
     group = self._group_size
+    asked = {row: x for row, x in images.items() if prompts[row] is not None}
     keys = [
       ledger.Key(step, f"{row // group}:{prompts[row].key}", row % group)
-      for row in images
+      for row in asked
     ]
     items = [
       wire.Item(str(row), image, *_item(prompts[row]))
-      for row, image in images.items()
+      for row, image in asked.items()
     ]
     with self._alone.get(name, contextlib.nullcontext()):
       scores, _ = ledger.score_once(
@@ -145,9 +152,12 @@ class Rewarder:
         size=self._at_once[name],
         together=name not in self._alone,
       )
-    return dict(zip(images, scores, strict=True))
+    absent = {row: wire.absent(str(row)) for row in images}
+    return absent | dict(zip(asked, scores, strict=True))
 
-  def fused(self, step: int, prompts: Sequence[Prompt], mesh) -> "_Fused":
+  def fused(
+    self, step: int, prompts: Sequence[Prompt | None], mesh
+  ) -> "_Fused":
     """What scores images inside a program: (images, rows) -> table.
 
     It is the same object in all calls, so that programs are compiled once.
@@ -188,10 +198,12 @@ class Rewarder:
         self._rewards,
         self._cfg,
       )
+      drifts = combine.drift_metrics(self._history, self._rewards, self._cfg)
+      found = found._replace(metrics={**found.metrics, **drifts})
       if self._journal:
         seen = {"failures": [found.asked, found.failed], "means": found.means}
         self._journal.try_add([{"step": asked.step, **seen}])
-    return Heard(found, scores, seconds, warnings)
+    return Heard(found, columns, scores, seconds, warnings)
 
   def _history_before(self, step: int) -> combine.History:
     """What a run that is resumed had seen up to there."""

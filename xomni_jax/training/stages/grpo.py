@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from xomni_jax import mesh as mesh_lib
 from xomni_jax.checkpoints import released
@@ -28,12 +27,14 @@ from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference import fresh
 from xomni_jax.inference.sheets import Picture
 from xomni_jax.models import ar
+from xomni_jax.rewards import combine
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import policy
 from xomni_jax.training import step as step_lib
 from xomni_jax.training.rewarding import Asked, Heard, Rewarder
 from xomni_jax.training.rollout import Drawn, Roller, place_policy
 from xomni_jax.training.stage import Params, Stage
+from xomni_jax.training.stages import grpo_pictures
 from xomni_jax.training.stages.grpo_program import (
   POLICY,
   REFERENCE,
@@ -42,7 +43,6 @@ from xomni_jax.training.stages.grpo_program import (
 
 __all__ = ["program", "stage"]
 
-_PREVIEW = (4, 4)  # prompts, images of each
 # Keys of held-out rollouts: training never gets there.
 _HELD_OUT = 2**30
 # Sets the keys of rollouts apart from those of training.
@@ -215,7 +215,6 @@ class _Run:
 
   def _begin(self, measure, params, number, rows, metrics):
     """(rows, scores on their way); rows: drawn before, or None."""
-    opts = self._cfg.options
     roller = self._rolled(params)
     prompts = self._prompts[number]
     grid = roller.grid_of(prompts[0].size)
@@ -224,18 +223,12 @@ class _Run:
       with jax.set_mesh(self._mesh):
         drawn = roller.draw(self._policy(params), prompts, number)
       drawn_at = time.perf_counter()
-      fits = drawn.fits[:: opts.group_size]
-      for prompt, whole in zip(prompts, fits, strict=True):
-        if not whole:
-          _say(
-            f"prompt {prompt.key} has more than {opts.prompt_len} tokens, "
-            "passed over; raise options.prompt_len"
-          )
       rows = self._measured(measure, drawn)
       metrics["time/rollout_seconds"] = drawn_at - start
       metrics["time/logp_seconds"] = time.perf_counter() - drawn_at
     start = time.perf_counter()
-    asked = self._ask(number, prompts, rows["codes"], grid)
+    fits = rows["mask"].any(axis=1)
+    asked = self._ask(number, prompts, rows["codes"], grid, fits)
     metrics["time/paint_seconds"] = time.perf_counter() - start
     return rows, asked
 
@@ -247,10 +240,18 @@ class _Run:
       self._cfg.compute.dtype,
     )
 
-  def _ask(self, number, prompts, codes, grid) -> Asked:
-    """Paints images and asks for their rewards."""
+  def _ask(self, number, prompts, codes, grid, fits) -> Asked:
+    """Paints images and asks for their rewards; fits: bool of each image."""
     opts = self._cfg.options
-    each = [p for p in prompts for _ in range(opts.group_size)]
+    for prompt, whole in zip(prompts, fits[:: opts.group_size], strict=True):
+      if not whole:
+        _say(
+          f"prompt {prompt.key} has more than {opts.prompt_len} tokens, "
+          "passed over; raise options.prompt_len"
+        )
+    texts = [p for p in prompts for _ in range(opts.group_size)]
+    # Images of a prompt that was cut are not what it asks for.
+    each = [p if fit else None for p, fit in zip(texts, fits, strict=True)]
     step = number * opts.minibatches * opts.epochs
     fused = None
     if opts.reward_path == "fused":
@@ -259,7 +260,7 @@ class _Run:
       images, table = self._roller.paint(
         codes[:, : grid[0] * grid[1]],
         # The decoder reads a prompt as the vocabulary spells it.
-        [self._spelled(p) for p in each],
+        [self._spelled(p) for p in texts],
         number,
         grid,
         fused,
@@ -334,20 +335,22 @@ class _Run:
 
   def evaluate(self, params: Params, step: int) -> dict[str, float]:
     """Mean rewards of held-out prompts, a group of images each."""
-    roller = self._rolled(params)
-    total: dict[str, float] = {}
-    count = self._cfg.report.eval_batches
-    for i in range(count):
-      prompts = self._held_out[i]
+    roller, opts = self._rolled(params), self._cfg.options
+    found = []
+    for i in range(self._cfg.report.eval_batches):
+      number, prompts = _HELD_OUT + i, self._held_out[i]
       # The same keys at every step: what differs is the policy.
       with jax.set_mesh(self._mesh):
-        drawn = roller.draw(self._policy(params), prompts, _HELD_OUT + i)
-      asked = self._ask(_HELD_OUT + i, prompts, drawn.codes, drawn.grid)
-      heard = self._rewarder.hear(asked, watch=False)
-      for name, value in heard.combined.metrics.items():
-        name = f"held_out/{name.removeprefix('reward/')}"
-        total[name] = total.get(name, 0.0) + value / count
-    return total
+        drawn = roller.draw(self._policy(params), prompts, number)
+      asked = self._ask(number, prompts, drawn.codes, drawn.grid, drawn.fits)
+      found.append(self._rewarder.hear(asked, watch=False).columns)
+    metrics = combine.combine(
+      combine.joined(found), opts.rewards, opts.group_size, opts.combine.quorum
+    ).metrics
+    return {
+      f"held_out/{name.removeprefix('reward/')}": value
+      for name, value in metrics.items()
+    }
 
   def preview(self, params: Params, step: int) -> list[Picture]:
     """Images of the last rollout, with what the rewards said of them."""
@@ -355,17 +358,9 @@ class _Run:
     if self._shown is None:  # resumed, and nothing drawn yet
       return []
     asked, heard = self._shown
-    group, (prompts, images) = self._cfg.options.group_size, _PREVIEW
-    found = []
-    for row, image in sorted(asked.images.items()):
-      if row // group < prompts and row % group < images:
-        said = "\n".join(
-          f"{name}: {_said(scores[row])}"
-          for name, scores in heard.scores.items()
-        )
-        text = asked.prompts[row].text if row % group == 0 else ""
-        found.append(Picture(Image.fromarray(image), f"{text}\n{said}".strip()))
-    return found
+    return grpo_pictures.pictures(
+      asked.images, heard.scores, asked.prompts, self._cfg.options.group_size
+    )
 
   def close(self) -> None:
     self._rewarder.close()
@@ -407,12 +402,3 @@ def _say(line: str) -> None:
   """A warning, by one process for all: they all see the same."""
   if jax.process_index() == 0:
     print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
-def _said(score) -> str:
-  """A score and what was read, for people."""
-  if score.score is None:
-    return score.error_kind or "none"
-  raw = score.raw if isinstance(score.raw, dict) else {}
-  read = " / ".join(str(raw.get("text", "")).split("\n"))
-  return f"{score.score:.2f} {read}".strip()
