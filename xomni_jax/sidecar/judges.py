@@ -23,8 +23,11 @@ from xomni_jax.rewards import wire
 from xomni_jax.rewards.wire import Item, Score
 from xomni_jax.sidecar.engines import Reward
 
-# What UnifiedReward is trained on: a role, the two criteria, a score of 1 to 5
-# after "Final Score:", and the caption in brackets as the last line.
+# The form that UnifiedReward is trained on: a role, the two criteria, a score
+# of 1 to 5 after "Final Score:", the caption in brackets as the last line. It
+# is left as it is, without ALIGNED's sentence on words in the image: asked
+# otherwise, the model gives other scores. What the image tells it to say is
+# kept out where the reply is read (`final_score`), as far as that can be.
 UNIFIED = """\
 You judge an image that was generated from a text caption, by two criteria:
 1. Alignment with the caption: are the objects, their attributes and their \
@@ -46,6 +49,11 @@ _TOP = 20  # log-probs of the first token; more is refused by most servers
 
 # Vertical space may lie between the words and the number, as in Markdown.
 _SCORE = re.compile(r"final\s+score\W{0,3}?[:：][\s*_]*", re.IGNORECASE)
+_QUOTES = "\"'“”‘’«»「」『』"
+_QUOTED = re.compile(
+  rf"[{_QUOTES}]\s*{_SCORE.pattern}[^\n,{_QUOTES}]{{0,20}}[{_QUOTES}]",
+  re.IGNORECASE,
+)
 _NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
 _OF_FIVE = re.compile(r"[\s*_]*(?:/|out of)[\s*_]*5(?:\.0)?(?![0-9.,]*[0-9])")
 # "4/10", "4-5", "4,5", "4.5.1", "80%", "1e1": numbers of another scale or kind.
@@ -88,7 +96,7 @@ def unified_reward(
     # A number may have lost its last digits.
     if choice.get("finish_reason") == "length":
       raise JudgeError("parse_failed", f"cut off at {max_tokens} tokens")
-    score = final_score(reply)
+    score = final_score(_without(reply, item.prompt))
     if score is None:
       raise JudgeError("parse_failed", f"no final score in {reply[-200:]!r}")
     return (score - 1) / 4, {"text": reply, "final_score": score}
@@ -133,9 +141,11 @@ def final_score(text: str) -> float | None:
   """The number after the last "Final Score:" in a reply, in [1, 5].
 
   Case, Markdown's `*` and a full-width colon do not matter; "4/5" and "4 out
-  of 5" are 4. None: there is none, it is out of range, or what stands there is
-  more or other than one number of this scale.
+  of 5" are 4. One in quotation marks is what the image says and no judgement.
+  None: there is none, it is out of range, or what stands there is more or
+  other than one number of this scale.
   """
+  text = _QUOTED.sub('""', text)
   found = list(_SCORE.finditer(text))
   number = _NUMBER.match(text, found[-1].end()) if found else None
   if not number:
@@ -205,6 +215,11 @@ def _asked(questions, prompt):
         yield part.join(p.replace("{prompt}", prompt) for p in pieces)
     else:
       yield question.replace("{prompt}", prompt)
+
+
+def _without(reply, prompt):
+  """The reply without the prompt, where that looks like a judgement."""
+  return reply.replace(prompt, '""') if _SCORE.search(prompt) else reply
 
 
 def _ask(server, image, text, settings):
