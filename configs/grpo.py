@@ -109,6 +109,15 @@ def _full():
           "low": 0.2,
           "high": 0.4,
         },
+        {
+          # A shadow: logged, never learned from. It shares neither weights nor
+          # design with the engines of "ocr", and needs no GPU: where they read
+          # ever more and it ever less, letters please engines, not people.
+          "name": "tesseract",
+          "source": "http://localhost:8104",
+          **_PATIENT,
+          "weight": 0.0,
+        },
       ),
     },
     **model_sections("7b"),

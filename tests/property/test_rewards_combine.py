@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
+from xomni_jax.config_files import read_config
 from xomni_jax.errors import RunError
 from xomni_jax.reward_config import CombineConfig, RewardConfig
 from xomni_jax.rewards import wire
@@ -319,3 +321,17 @@ def test_drift_is_a_metric_while_it_lasts():
   assert warned == [5]
   off = CombineConfig(drift_window=0)
   assert drift_metrics(History([], []), rewards, off) == {}
+
+
+def test_full_config_has_a_shadow_that_no_reward_is_an_engine_of():
+  """Its servers are those of configs/sidecar.py."""
+  served = read_config("configs/sidecar.py", "7b").applications
+  engines = {
+    app.port: app.settings.get("engine", app.reward) for app in served.values()
+  }
+  optimised, shadows = set(), set()
+  for reward in read_config("configs/grpo.py", "7b").options.rewards:
+    for port in re.findall(r":(\d+)", reward["source"]):
+      kind = optimised if reward.get("weight", 1.0) else shadows
+      kind.add(engines[int(port)])
+  assert shadows and not shadows & optimised
