@@ -118,7 +118,7 @@ def _full():
 
 
 def _tiny():
-  """Reads signs of the drawn world."""
+  """Reads signs and posters of the drawn world."""
   config = _full()
   model = model_sections("world")
   arch = model["architecture"]
@@ -141,13 +141,19 @@ def _tiny():
     "data": {
       **data,
       "shuffle": True,
-      "sources": ({**source, "path": "world:signs"},),
+      "sources": (
+        {**source, "path": "world:signs", "weight": 0.7},
+        {**source, "path": "world:posters", "weight": 0.3},
+      ),
     },
     "eval_data": {
       **data,
       "shuffle": False,
       # Words that no training sign shows.
-      "sources": ({**source, "path": "world:signs:held-out"},),
+      "sources": (
+        {**source, "path": "world:signs:held-out", "weight": 0.7},
+        {**source, "path": "world:posters:held-out", "weight": 0.3},
+      ),
     },
     "checkpoint": {
       "every": 500,
@@ -180,7 +186,7 @@ def _tiny():
   }
   config["optim"] |= {"lr": 3e-3, "b2": 0.98, "weight_decay": 0.01}
   config["options"] |= {
-    "grids": ((6, 6),),
+    "grids": ((6, 6), (13, 8)),
     "text_len": 128,  # about five questions
     "temperature": 0.03,
     # Most cells of a sign are blank: pushed to use many codes, they would say

@@ -320,7 +320,7 @@ def generate(args) -> None:
   paths = files.output_paths(args.output_path, prompts, args.num_images, kind)
   model, seconds = _load(args, None if args.codes_only else args.flux)
   px = model.pixels_per_token
-  size = args.image_size or [model.config.transform.long_size // px * px]
+  size = args.image_size or model.config.image_size
   size = (size[0], size[-1])
   done, spent = 0, {}
   for part in model.stream(

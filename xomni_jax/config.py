@@ -258,16 +258,25 @@ class VQConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """Defaults of the decoding loop; `upscale_factor` is px per image token."""
+  """Defaults of the decoding loop; `upscale_factor` is px per image token.
+
+  `image_size` (height, width), in px, is drawn where none is asked for; the
+  released model has none, and draws a square of the transform's `long_size`.
+  """
 
   upscale_factor: int
   num_inference_steps: int
   cfg_scale: float
+  image_size: tuple[int, ...] = ()
 
   def __post_init__(self):
     _validate(
       self,
       *_positive(self, "upscale_factor", "num_inference_steps"),
+      (
+        len(self.image_size) in (0, 2) and min(self.image_size, default=1) > 0,
+        f"image_size is {self.image_size}, expected height and width or none",
+      ),
       (
         self.cfg_scale >= 1,
         f"cfg_scale is {self.cfg_scale}, expected at least 1",
@@ -463,6 +472,13 @@ class XOmniConfig:
   projector_path: str
   flux_path: str
   eos_token_ids: tuple[int, ...]
+
+  @property
+  def image_size(self) -> tuple[int, int]:
+    """(height, width) in px of an image for which no size is asked."""
+    px = self.decoder.upscale_factor
+    square = (self.transform.long_size // px * px,) * 2
+    return self.decoder.image_size or square
 
   def __post_init__(self):
     ar, vq = self.ar, self.vq

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from configs.model import get_config
 from tests.helpers import GOLDEN
 from xomni_jax import config, config_files, mesh
-from xomni_jax.checkpoints import released_config
+from xomni_jax.checkpoints import released_config, released_json
 from xomni_jax.errors import InputError
 
 
@@ -141,3 +141,20 @@ def test_no_module_imports_torch_or_tensorflow_on_its_own():
   )
   assert run.stdout.strip() == "", run.stdout
   assert run.returncode == 0, run.stderr
+
+
+def test_an_image_is_of_the_size_that_the_folder_says_or_square(raw):
+  square = raw["vision_config"]["transform"]["long_size"]
+  cfg = released_config.xomni_config(raw, "c")
+  assert cfg.image_size == (square, square)
+  assert "image_size" not in _decoder(cfg)
+  raw["vision_config"]["decoder"]["image_size"] = [96, 48]
+  cfg = released_config.xomni_config(raw, "c")
+  assert cfg.image_size == (96, 48) == tuple(_decoder(cfg)["image_size"])
+  raw["vision_config"]["decoder"]["image_size"] = [96]
+  with pytest.raises(InputError, match="height and width"):
+    released_config.xomni_config(raw, "c")
+
+
+def _decoder(cfg):
+  return released_json.xomni_json(cfg, "float32")["vision_config"]["decoder"]

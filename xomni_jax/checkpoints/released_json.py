@@ -33,6 +33,8 @@ def xomni_json(cfg: XOmniConfig, dtype: str) -> dict[str, Any]:
   """The model's `config.json`; dtype is that of its weights."""
   eos = list(cfg.eos_token_ids)
   decoder = _fields(cfg.decoder)
+  if not cfg.decoder.image_size:
+    del decoder["image_size"]  # the released model has no such setting
   return {
     "architectures": ["XOmniForCausalLM"],
     "attention_dropout": 0.0,

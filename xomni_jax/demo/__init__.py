@@ -140,7 +140,7 @@ def draw(
   model: xomni_jax.Model, asked: Sequence[prompts_lib.Prompt], score: ocr.Scorer
 ) -> Drawn:
   """An image of each prompt at temperature 1, and what OCR says of it."""
-  size = (model.config.transform.long_size,) * 2  # a sign
+  size = model.config.image_size
   made = model.generate([p.text for p in asked], size, seed=0, batch_size=32)
   items = [
     wire.Item(p.key, np.asarray(image), p.text, p.targets, p.lang)
