@@ -98,10 +98,15 @@ def to_host(x: jax.Array) -> np.ndarray:
   if x.is_fully_addressable or x.is_fully_replicated:
     return np.asarray(x)
   gather = functools.partial(multihost_utils.process_allgather, tiled=True)
-  if x.nbytes <= PIECE_BYTES or x.ndim < 2:
+  return _in_pieces(x, gather, PIECE_BYTES)
+
+
+def _in_pieces(x, gather, most):
+  """`gather(x)`, of pieces of at most so many bytes, or of a column."""
+  if x.nbytes <= most or x.ndim < 2:
     return gather(x)
   out, count = np.empty(x.shape, x.dtype), x.shape[1]
-  size = max(1, count * PIECE_BYTES // x.nbytes)
+  size = max(1, count * most // x.nbytes)
   for first in range(0, count, size):
     # The last one overlaps the one before: one program cuts them all.
     first = min(first, count - size)

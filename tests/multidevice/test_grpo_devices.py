@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import grpo_runs
 from tests import train_runs as runs
@@ -53,6 +54,7 @@ def run(folder, name, path):
     results = runs.together(
       *(config, folder / name, "--config.phases.1_all.steps=2"),
       *("--config.checkpoint.every=1", *settings(way["mesh"])),
+      "--config.report.preview_every=2",
       count=way["count"],
       devices=way["devices"],
     )
@@ -62,7 +64,10 @@ def run(folder, name, path):
   drawn = {
     k.rsplit("/", 1)[1]: x for k, x in state.items() if "extra/current/" in k
   }
-  return drawn, runs.metrics(folder / name), asked
+  grid = np.array(
+    Image.open(folder / name / "pictures" / "samples-0000002.png")
+  )
+  return drawn, runs.metrics(folder / name), asked, grid
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +88,8 @@ def alone(tmp_path_factory):
 def test_rollout_and_update_are_those_of_one_device(
   alone, tmp_path, name, path
 ):
-  drawn, metrics, asked = run(tmp_path, name, path)
-  theirs, their_metrics, their_asked = alone
+  drawn, metrics, asked, grid = run(tmp_path, name, path)
+  theirs, their_metrics, their_asked, their_grid = alone
   assert asked == their_asked == list(range(8))  # each image once
   for key in ("codes", "tokens", "valid", "mask"):
     assert (drawn[key] == theirs[key]).all(), key
@@ -95,6 +100,9 @@ def test_rollout_and_update_are_those_of_one_device(
   spread = np.abs(theirs["advantage"]).max()
   assert np.abs(drawn["advantage"] - theirs["advantage"]).max() < 0.02 * spread
   assert abs(metrics[0]["grpo/ratio_off"]) < 1e-6
+  # All images with all lines, whichever process painted them.
+  off = np.abs(grid.astype(int) - their_grid).max(-1)
+  assert grid.shape == their_grid.shape and (off > 2).mean() < 1e-3
   # Later steps see what Adam makes of rounding; train_eight.py compares
   # updates of equal rows.
   for key in ("grpo/entropy", "grpo/kl", "grpo/sampler_gap"):

@@ -50,7 +50,7 @@ def grid(pictures: Sequence[Picture], columns: int = 4) -> Image.Image:
       left = _GAP + i * (width + _GAP)
       page.paste(image, (left, top))
       for j, line in enumerate(lines):
-        draw.text((left, base + j * _LINE), line, _INK, font=_font())
+        draw.text((left, base + j * _LINE), line, _INK, font=_font(line))
     top += height
   return page
 
@@ -79,18 +79,33 @@ def _enlarged(image):
   return image.resize(size, Image.Resampling.NEAREST) if factor > 1 else image
 
 
+def _font(text: str):
+  """DejaVu; for a line with Chinese in it a Chinese font, if there is one."""
+  latin, chinese = _fonts()
+  return chinese if any("\u2e80" <= c <= "\uffef" for c in text) else latin
+
+
 @functools.cache
-def _font():
-  """DejaVu, which has more letters than PIL's own font; it is matplotlib's."""
+def _fonts():
+  """DejaVu, which has more letters than PIL's own font; it is matplotlib's.
+
+  And the font of the drawn world's Chinese signs; without its package DejaVu.
+  """
   import matplotlib
 
   folder = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-  return ImageFont.truetype(str(folder / "DejaVuSans.ttf"), _FONT)
+  latin = ImageFont.truetype(str(folder / "DejaVuSans.ttf"), _FONT)
+  try:
+    import pylopdf_fonts_zh_cn
+  except ImportError:
+    return latin, latin
+  path = pylopdf_fonts_zh_cn.sans_path()
+  return latin, ImageFont.truetype(str(path), _FONT)
 
 
 def _wrapped(text: str, width: int) -> list[str]:
   """Lines that fit into `width` px; broken at spaces where there are any."""
-  fits = lambda line: _font().getlength(line) <= width
+  fits = lambda line: _font(line).getlength(line) <= width
   lines = []
   for paragraph in text.splitlines():
     line = ""

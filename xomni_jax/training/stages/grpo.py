@@ -6,11 +6,9 @@ are in training/rollout.py, rewards in training/rewarding.py.
 """
 
 import dataclasses
-import math
 import pathlib
 import sys
 import time
-import zlib
 from typing import Any
 
 import jax
@@ -22,7 +20,6 @@ from xomni_jax.config import Architecture
 from xomni_jax.data import encoder_ids, protocol
 from xomni_jax.data.prompts import Prompt, Prompts
 from xomni_jax.data.text_ops import T5Ids
-from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference import fresh
 from xomni_jax.inference.sheets import Picture
@@ -30,11 +27,10 @@ from xomni_jax.models import ar
 from xomni_jax.rewards import combine
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import policy
-from xomni_jax.training import step as step_lib
 from xomni_jax.training.rewarding import Asked, Heard, Rewarder
 from xomni_jax.training.rollout import Drawn, Roller, place_policy
 from xomni_jax.training.stage import Params, Stage
-from xomni_jax.training.stages import grpo_pictures
+from xomni_jax.training.stages import grpo_pictures, grpo_rows
 from xomni_jax.training.stages.grpo_program import (
   POLICY,
   REFERENCE,
@@ -80,7 +76,7 @@ def stage(
     t5=decoder.t5,
   )
   rows = cfg.global_batch * opts.minibatches
-  _check_rows(cfg, rows)
+  grpo_rows.check(cfg, rows)
   made = program(cfg, arch)
   run = _Run(cfg, arch, opened, decoder, rows, workdir)
 
@@ -103,41 +99,6 @@ def stage(
     curves="reward/",
     close=run.close,
   )
-
-
-def _check_rows(cfg: TrainConfig, rows: int) -> None:
-  """Raises InputError where rows do not go into groups, passes and devices."""
-  opts = cfg.options
-  if rows % opts.group_size:
-    raise InputError(
-      f"a rollout of {rows} images (global_batch x options.minibatches) is no "
-      f"multiple of group_size {opts.group_size}"
-    )
-  for name in ("sample_rows", "score_rows"):
-    at_once = getattr(opts, name) or rows
-    whole = opts.group_size if name == "sample_rows" else 1
-    if rows % at_once or at_once % whole:
-      raise InputError(
-        f"options.{name} is {at_once}, expected a part of the {rows} images of "
-        f"a rollout, in groups of {opts.group_size}"
-      )
-  sizes = mesh_lib.fill(dict(cfg.mesh), jax.device_count())
-  ways = math.prod(sizes.get(axis, 1) for axis in mesh_lib.BATCH_AXES)
-  if opts.score_rows % ways:
-    raise InputError(
-      f"options.score_rows is {opts.score_rows}, expected a multiple of the "
-      f"{ways} batch devices"
-    )
-  rollout = dict(opts.rollout_mesh) or sizes
-  devices = math.prod(
-    mesh_lib.fill(rollout, math.prod(sizes.values())).values()
-  )
-  if opts.reward_path == "fused" and opts.paint_rows % devices:
-    raise InputError(
-      f"options.paint_rows is {opts.paint_rows}, expected a multiple of the "
-      f"{devices} devices that each ask for rewards of their own; try "
-      f"{-(-opts.paint_rows // devices) * devices}, or reward_path 'host'"
-    )
 
 
 class _Run:
@@ -307,31 +268,16 @@ class _Run:
     return {**rows, "advantage": advantage, "mask": rows["mask"] * there}
 
   def _keep(self, params, rows, number):
-    """Rows of a rollout as arrays that are saved with the state."""
+    """Rows of a rollout as they are saved with the state."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    mark = np.uint32(self._mark(number))
-    return {
-      "mark": jax.make_array_from_callback((), whole, lambda _: mark),
-      "rows": step_lib.place_whole(rows, mesh),
-    }
+    return grpo_rows.keep(rows, self._mark(number), mesh)
 
-  def _kept(self, kept, number) -> dict[str, np.ndarray] | None:
-    """Rows that were saved of a rollout; None: the state has others.
+  def _kept(self, saved, number):
+    """Rows of this rollout out of a state; None: it has others."""
+    return grpo_rows.kept(saved, self._mark(number))
 
-    It has those of the last rollout once a run is at its end, and those of
-    other prompts or draws where the config was changed.
-    """
-    if int(mesh_lib.to_host(kept["mark"])) != self._mark(number):
-      return None
-    return jax.tree.map(mesh_lib.to_host, kept["rows"])
-
-  def _mark(self, number: int) -> int:
-    """32 bits of what is asked for in a rollout, and of how it is drawn."""
-    opts = self._cfg.options
-    how = (opts.temperature, opts.top_k, opts.top_p, opts.min_p)
-    asked = (number, self._cfg.seed, how, self._prompts[number])
-    return zlib.crc32(repr(asked).encode())
+  def _mark(self, number):
+    return grpo_rows.mark(self._cfg, number, self._prompts[number])
 
   def evaluate(self, params: Params, step: int) -> dict[str, float]:
     """Mean rewards of held-out prompts, a group of images each."""
