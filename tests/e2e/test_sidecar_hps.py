@@ -138,6 +138,48 @@ def test_hps_score_is_the_cosine_of_plain_numpy(files, reward):
   assert found[0].raw["tokens"] == 5 and found[4].raw["tokens"] == 102
 
 
+GOLDEN_SCORES = (0.051222, -0.142612, 0.151908, -0.134421)
+
+
+def test_hps_score_is_open_clips_from_image_to_cosine(files, reward):
+  """By its own transform, tokenizer and forward pass; and as it was.
+
+  Remake GOLDEN_SCORES: print(want).
+  """
+  clip = open_clip()
+  import torch
+
+  net = clip.CLIP(**MODEL)
+  net.load_state_dict(files[2])
+  net.eval()
+  transform = clip.image_transform(
+    32, is_train=False, mean=hps.MEAN, std=hps.STD, resize_mode="shortest",
+    interpolation="bicubic",
+  )  # fmt: skip
+  tokenizer = clip.get_tokenizer("ViT-H-14")
+  sizes = [(50, 70), (95, 40), (32, 32), (330, 220)]
+  prompts = [
+    "a red cat",
+    'A sign "OPEN 24h", by night',
+    "蓝色的猫",
+    "word " * 90,
+  ]
+  items = [
+    Item(f"{i}", picture(i, *size), prompt)
+    for i, (size, prompt) in enumerate(zip(sizes, prompts, strict=True))
+  ]
+  want = []
+  for item in items:
+    pixels = transform(Image.fromarray(item.image))[None]
+    with torch.inference_mode():
+      image, text, _ = net(pixels, tokenizer([item.prompt]))
+    want.append(round((image @ text.T).item(), 6))
+  found = [score.score for score in reward.score(items)]
+  np.testing.assert_allclose(found, want, atol=2e-6)
+  # Weights are of order one, so scores spread: 1e-4 is close.
+  np.testing.assert_allclose(found, GOLDEN_SCORES, atol=1e-4)
+
+
 def test_hps_says_that_a_prompt_is_cut_from_the_78th_token(reward):
   items = [Item(f"{n}", picture(0), "word " * n) for n in (75, 76, 90)]
   found = reward.score(items)
