@@ -119,23 +119,24 @@ def _full():
       "text_weight": 1.0,
       "image_weight": 1.0,
       "loss_chunk": 1024,  # logits of a row: 0.6 GiB
-      "preview_size": (24, 24),
     },
     "architecture": model_sections("7b")["architecture"],
   }
 
 
 def _tiny():
-  """Draws signs of the drawn world."""
+  """Draws and reads signs and posters of the drawn world."""
   config = _full()
   data = {
-    "seq_len": 256,  # four signs and their captions
+    "seq_len": 256,  # four signs and their captions, or a poster
     "window": 256,
     "shuffle": True,
   }
   mixture = (
-    _source("runs/codes/train", "text_to_image", 0.7),
-    _source("runs/codes/train", "image_to_text", 0.3),
+    _source("runs/codes/signs/train", "text_to_image", 0.4),
+    _source("runs/codes/signs/train", "image_to_text", 0.25),
+    _source("runs/codes/posters/train", "text_to_image", 0.2),
+    _source("runs/codes/posters/train", "image_to_text", 0.15),
   )
   config |= {
     "global_batch": 8,
@@ -148,7 +149,10 @@ def _tiny():
     "eval_data": {
       **data,
       "shuffle": False,
-      "sources": (_source("runs/codes/held-out", "text_to_image", 1.0),),
+      "sources": (
+        _source("runs/codes/signs/held-out", "text_to_image", 0.5),
+        _source("runs/codes/posters/held-out", "text_to_image", 0.5),
+      ),
     },
     "report": {
       "log_every": 20,
@@ -166,5 +170,5 @@ def _tiny():
   }
   config["optim"] |= {"lr": 2e-3, "b2": 0.98, "weight_decay": 0.01}
   config["checkpoint"] |= {"every": 200, "keep_every": 0}
-  config["options"] |= {"loss_chunk": 256, "preview_size": (6, 6)}
+  config["options"] |= {"loss_chunk": 256}
   return config

@@ -125,7 +125,6 @@ def _tiny():
   data = {
     "window": 1024,
   }
-  source = {"task": "image"}
   config |= {
     "global_batch": 16,
     "phases": {
@@ -141,19 +140,13 @@ def _tiny():
     "data": {
       **data,
       "shuffle": True,
-      "sources": (
-        {**source, "path": "world:signs", "weight": 0.7},
-        {**source, "path": "world:posters", "weight": 0.3},
-      ),
+      "sources": _world("train"),
     },
     "eval_data": {
       **data,
       "shuffle": False,
-      # Words that no training sign shows.
-      "sources": (
-        {**source, "path": "world:signs:held-out", "weight": 0.7},
-        {**source, "path": "world:posters:held-out", "weight": 0.3},
-      ),
+      # Words that no training image shows.
+      "sources": _world("held-out"),
     },
     "checkpoint": {
       "every": 500,
@@ -205,3 +198,11 @@ def _tiny():
     "loss_chunk": 128,
   }
   return config
+
+
+def _world(split):
+  source = {"task": "image"}
+  return (
+    {**source, "path": f"world:signs:{split}", "weight": 0.7},
+    {**source, "path": f"world:posters:{split}", "weight": 0.3},
+  )

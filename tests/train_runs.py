@@ -103,7 +103,7 @@ def write_config(folder: pathlib.Path, data: pathlib.Path) -> pathlib.Path:
     },
     "mesh": {"data": -1},
     "frozen_dtype": "float32",
-    "options": {"loss_chunk": 96, "preview_size": (2, 2)},
+    "options": {"loss_chunk": 96},
     "architecture": read_config(
       str(ROOT / "configs" / "model.py"), "tiny"
     ).to_dict(),

@@ -95,13 +95,11 @@ class ARTrainOptions:
     text_weight, image_weight: of a target in the text vocabulary, and of one
       in the multimodal vocabulary.
     loss_chunk: tokens whose logits exist at once.
-    preview_size: (rows, columns) of image tokens of previews.
   """
 
   text_weight: float = 1.0
   image_weight: float = 1.0
   loss_chunk: int = 1024
-  preview_size: tuple[int, int] = (4, 4)
 
   def __post_init__(self):
     _validate(

@@ -181,16 +181,11 @@ class _Preview:
       )
       self._prompts = self._some_prompts()
       self._read = self._some_to_read()
-    model, (h, w) = self._model, cfg.options.preview_size
-    model.params["ar"] = params["ar"]
-    px = model.pixels_per_token
-    drawn = model.generate(
-      self._prompts, (h * px, w * px), seed=step, decode=False
-    )
+    self._model.params["ar"] = params["ar"]
     return [
       *(
         Picture(self._picture(codes, prompt), prompt)
-        for codes, prompt in zip(drawn.codes, self._prompts, strict=True)
+        for codes, prompt in self._draw(step)
       ),
       *(
         Picture(
@@ -200,6 +195,16 @@ class _Preview:
         for codes, asked, question, wanted in self._read
       ),
     ]
+
+  def _draw(self, seed: int) -> list[tuple[np.ndarray, str]]:
+    """(codes, prompt), one size after the other."""
+    px, drawn = self._model.pixels_per_token, []
+    for (h, w), prompts in self._prompts.items():
+      made = self._model.generate(
+        prompts, (h * px, w * px), seed=seed, decode=False
+      )
+      drawn += zip(made.codes, prompts, strict=True)
+    return drawn
 
   def _picture(self, codes: np.ndarray, text: str) -> Image.Image:
     model = self._model
@@ -215,26 +220,30 @@ class _Preview:
     )
     return self._model.tokenizer.text(answer)
 
-  def _some_prompts(self) -> list[str]:
-    """Of the first records that have one."""
+  def _some_prompts(self) -> dict[tuple[int, int], list[str]]:
+    """{size of the record's image in tokens: prompts}, some of each source."""
     data = self._cfg.eval_data or self._cfg.data
-    found = []
-    for source_cfg in data.sources:
-      if source_cfg.task in ("generate", "text_to_image"):
-        source = records.open_source(source_cfg)
-        for i in range(min(_PREVIEWS, len(source))):
-          record = source[i]
-          found.append(record.get("prompt") or record["text"])
-    return found[:_PREVIEWS]
+    sources = [
+      s for s in data.sources if s.task in ("generate", "text_to_image")
+    ]
+    found: dict[tuple[int, int], list[str]] = {}
+    for cfg in sources:
+      source = records.open_source(cfg)
+      for i in range(min(-(-_PREVIEWS // len(sources)), len(source))):
+        record = source[i]
+        prompt = record.get("prompt") or record["text"]
+        found.setdefault(record["codes"].shape, []).append(prompt)
+    return found
 
   def _some_to_read(self) -> list[tuple[np.ndarray, np.ndarray, str, str]]:
     """(codes, tokens up to the answer, question, answer), if it is trained."""
     tasks = {source.task for source in self._cfg.data.sources}
     tasks = sorted(tasks & {"image_to_text", "chat"})
     tokenizer, found = self._model.tokenizer, []
-    for source_cfg in (self._cfg.eval_data or self._cfg.data).sources:
-      source = records.open_source(source_cfg)
-      for i in range(min(_PREVIEWS, len(source)) if tasks else 0):
+    sources = (self._cfg.eval_data or self._cfg.data).sources if tasks else ()
+    for cfg in sources:
+      source = records.open_source(cfg)
+      for i in range(min(-(-_PREVIEWS // len(sources)), len(source))):
         record, task = source[i], tasks[i % len(tasks)]
         first_qa = (record.get("qa") or [])[:1]
         record = {**record, "qa": first_qa}
