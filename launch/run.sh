@@ -6,6 +6,8 @@
 #   ./launch/run.sh train [...] setup, then `xomni train ...`, again and again
 #                               while it stops saved since it was preempted
 #   ./launch/run.sh demo [...]  setup, then a page about every part of the model
+#   ./launch/run.sh recipe      setup, then the tiny model that ships, from nothing
+#   ./launch/run.sh eval [...]  setup, Tesseract where apt has it, `xomni eval ...`
 #   ./launch/run.sh VERB [...]  setup, then `xomni VERB ...`
 # XOMNI_VENV names another virtual environment; PYTHON another interpreter.
 set -euo pipefail
@@ -102,7 +104,7 @@ verb=${1:-help}
 [ $# -gt 0 ] && shift
 case $verb in
   help | -h | --help)
-    sed -n '2,10p' "${BASH_SOURCE[0]}" | cut -c3-
+    sed -n '2,12p' "${BASH_SOURCE[0]}" | cut -c3-
     exit
     ;;
 esac
