@@ -25,6 +25,7 @@ TRAIN = [
   "tensorboardX>=2.6",
 ]
 TEXT = ["tensorflow-text>=2.21"]  # imported only where a config asks for it
+CHINESE = ["pylopdf-fonts-zh-cn>=0.1.1"]  # the font of Chinese signs, 17 MB
 
 setup(
   name="xomni-jax",
@@ -70,6 +71,7 @@ setup(
       *TORCH,
     ],
     "eval": ["lmms-eval>=0.7.3"],
+    "zh": CHINESE,
     "dev": [
       "diffusers>=0.42",
       "fastapi>=0.115",
@@ -83,6 +85,7 @@ setup(
       *TORCH,
       *TRAIN,
       *TEXT,
+      *CHINESE,
     ],
   },
   entry_points={"console_scripts": ["xomni=xomni_jax.cli:main"]},
