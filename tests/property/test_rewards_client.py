@@ -420,6 +420,22 @@ def test_client_sends_no_more_of_a_request_that_is_over(stopped):
   assert seconds < 2.5 or not stopped
 
 
+@pytest.mark.parametrize("kind", ["timeout", "http", "engine"])
+def test_client_goes_round_a_server_whose_engine_fails(serve, kind):
+  """It answers at once, so that it would be the least loaded for ever."""
+  failure = {"ok": False, "score": None, "error_kind": kind, "raw": "x"}
+  bad = serve(_reply(lambda entries: [e | failure for e in entries]))
+  good = serve(lambda items, _: (time.sleep(0.1), (200, _honest(items)))[1])
+  settings = FAST._replace(batch_items=1, concurrency=2)
+  client = open_client([bad.url, good.url], settings)
+  assert all(s.ok for s in client(_items(16)))
+  assert len(bad.requests) <= 7  # 5 failures in a row, and 2 at once
+  # Alone, it is asked once for each: it may be at work on them still.
+  asked = len(bad.requests)
+  scores = open_client([bad.url], FAST)(_items(8))
+  assert _kinds(scores) == {kind} and len(bad.requests) == asked + 2
+
+
 def test_client_spreads_requests_by_load(serve):
   def slow(items, _):
     time.sleep(0.15)

@@ -1,5 +1,6 @@
 """A scorer that asks servers over HTTP, and is on time whatever they do."""
 
+import json
 import queue
 import random
 import threading
@@ -16,6 +17,7 @@ PATH = "/v1/score"
 _MAX_REPLY = 64 * 2**20  # bytes
 _FIRST_WAIT = 0.2  # seconds before the first retry; doubles each time
 _CONNECT_SECONDS = 5.0  # a machine that is gone costs no whole try
+_SERVERS = ("timeout", "http", "engine")  # failures that are the server's
 _CHUNK = 2**18  # bytes that are sent between two looks at the clock
 
 
@@ -60,9 +62,11 @@ def open_client(
   choke on one image, so the batch is cut in half until that one is alone.
   Anything else (no connection, no answer in time, an answer that is no reply),
   and a 5xx to a single image, is tried again, on another endpoint if there is
-  one, at most `retries` times, after a random and growing wait. While all
-  endpoints are left alone by their circuit breakers, it waits for one. At the
-  deadline the call returns with what it has; what is missing is a "timeout".
+  one, at most `retries` times, after a random and growing wait. A reply in
+  which the server failed on all images is tried again only where there is
+  another endpoint. While all endpoints are left alone by their circuit
+  breakers, it waits for one. At the deadline the call returns with what it has;
+  what is missing is a "timeout".
 
   Args:
     urls: "http://HOST:PORT/ROUTE" of each server; PATH is added.
@@ -276,6 +280,12 @@ class _Call:
     scores = wire.scores_from_json(body, ids)
     if all(score.error_kind == "bad_reply" for score in scores):
       raise _Trouble("bad_reply", scores[0].raw["error"], again=True)
+    if all(score.error_kind in _SERVERS for score in scores):
+      # It answers, but its engine hangs or its judge is gone. The same server
+      # is not asked again: it may still be at work on them.
+      message = f"server said of all images: {json.dumps(scores[0].raw)[:200]}"
+      again = len(self._places) > 1
+      raise _Trouble(scores[0].error_kind, message, again)
     return scores
 
 

@@ -39,6 +39,9 @@ class Endpoints:
     self._trials: list[Taken | None] = [None] * len(urls)
     self._turn = 0
 
+  def __len__(self) -> int:
+    return len(self._urls)
+
   def take(self, avoid: int | None = None) -> Taken | float:
     """The least loaded endpoint that may be asked, for `give_back`.
 
