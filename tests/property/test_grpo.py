@@ -462,14 +462,20 @@ def test_failures_before_a_kill_count_after_it(tmp_path, monkeypatch):
 def test_prompt_that_does_not_fit_is_named_and_counts_nowhere(
   tmp_path, monkeypatch, codes_as_images, capsys, path
 ):
-  """Its images would have the best scores of all."""
+  """Its images would have the best scores of all.
+
+  And a held-out batch of which all scores fail takes nothing from the mean.
+  """
   file = tmp_path / "prompts.jsonl"
   texts = ["a sign", "long " * 200, "a cat", "a dog"]
   file.write_text("".join(f'{{"prompt": "{text}"}}\n' for text in texts))
   asked = []
 
   def scorer(items):
+    last = len(asked) >= 2 * 24  # after a rollout and a held-out batch
     asked.extend(item.prompt for item in items)
+    if last:
+      return [wire.failed(i.id, "timeout", "too late") for i in items]
     return [
       wire.Score(i.id, True, 1.0 if i.prompt.startswith("long") else 0.25)
       for i in items
@@ -479,7 +485,7 @@ def test_prompt_that_does_not_fit_is_named_and_counts_nowhere(
     phases__1_all__steps=1,
     data__shuffle=False,
     report__eval_every=1,
-    report__eval_batches=1,
+    report__eval_batches=2,
     report__preview_every=1,
     options__reward_path=path,
     options__paint_rows=16,
@@ -489,15 +495,18 @@ def test_prompt_that_does_not_fit_is_named_and_counts_nowhere(
   found = train(config, tmp_path / "run", monkeypatch, scorer)
   metrics = {k: v for line in found for k, v in line.items()}
   said = capsys.readouterr().err
-  assert said.count("prompt prompts.jsonl:2 has more than 80 tokens") == 2
+  assert said.count("prompt prompts.jsonl:2 has more than 80 tokens") == 3
   # The rest of the rollout counts: entropy is a mean over what does.
   assert np.isfinite(metrics["grpo/entropy"]) and metrics["grpo/entropy"] > 0
   assert metrics["grpo/tokens"] == 24 * 6
   for where in ("reward", "held_out"):
     assert metrics[f"{where}/ocr"] == metrics[f"{where}/total"] == 0.25
-    assert metrics[f"{where}/ocr_absent"] == metrics[f"{where}/masked"] == 0.25
-    assert metrics[f"{where}/ocr_failed"] == 0
-  assert sorted(asked) == sorted(["a sign", "a cat", "a dog"] * 16)
+    assert metrics[f"{where}/ocr_absent"] == 0.25
+  assert metrics["reward/ocr_failed"] == 0
+  assert metrics["reward/masked"] == 0.25
+  assert metrics["held_out/ocr_failed"] == 0.5
+  assert metrics["held_out/masked"] == 0.625
+  assert sorted(asked) == sorted(["a sign", "a cat", "a dog"] * 24)
 
 
 @pytest.mark.parametrize("same", [True, False])
