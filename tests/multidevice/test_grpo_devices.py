@@ -99,13 +99,15 @@ def test_rollout_and_update_are_those_of_one_device(
   assert abs(metrics[0]["reward/red"] - their_metrics[0]["reward/red"]) < 1e-4
   spread = np.abs(theirs["advantage"]).max()
   assert np.abs(drawn["advantage"] - theirs["advantage"]).max() < 0.02 * spread
-  assert abs(metrics[0]["grpo/ratio_off"]) < 1e-6
+  assert metrics[0]["grpo/ratio_off_max"] < 1e-6
+  assert metrics[0]["grpo/tokens"] == their_metrics[0]["grpo/tokens"]
   # All images with all lines, whichever process painted them.
   off = np.abs(grid.astype(int) - their_grid).max(-1)
   assert grid.shape == their_grid.shape and (off > 2).mean() < 1e-3
   # Later steps see what Adam makes of rounding; train_eight.py compares
   # updates of equal rows.
-  for key in ("grpo/entropy", "grpo/kl", "grpo/sampler_gap"):
+  for name in ("entropy", "kl", "sampler_gap", "sampler_gap_max"):
+    key = f"grpo/{name}"
     assert abs(metrics[0][key] - their_metrics[0][key]) < 1e-5, key
 
 
