@@ -6,12 +6,14 @@ Rewards are functions of the codes: what is painted is their numbers.
 import concurrent.futures
 import dataclasses
 import json
+import shutil
 import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from tests.helpers import GOLDEN
@@ -23,7 +25,15 @@ from xomni_jax.inference import painter, sheets
 from xomni_jax.mesh import make_mesh
 from xomni_jax.reward_config import RewardConfig
 from xomni_jax.rewards import wire
-from xomni_jax.training import build, configure, loop, rewarding, rollout, step
+from xomni_jax.training import (
+  build,
+  configure,
+  loop,
+  rewarding,
+  rollout,
+  start,
+  step,
+)
 from xomni_jax.training.layout import flatten, make_layout
 
 WANTED = 7  # a code
@@ -602,6 +612,73 @@ def test_chinese_prompts_are_spelled_under_images():
   # Letters that a font lacks all look alike.
   assert (paint("出口 ab") != paint("入口 ab")).any()
   assert (paint("出口 ab") == paint("出口 ab")).all()
+
+
+def test_frozen_parameters_have_to_be_those_of_the_beginning(tmp_path, capsys):
+  rng = np.random.default_rng(0)
+  first = {
+    "ref/a": jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32),
+    "ref/b": jnp.asarray(rng.normal(size=(7,)), jnp.bfloat16),
+    "vae/a": jnp.asarray(rng.normal(size=(2, 2)), jnp.float32),
+    "vae/table": jnp.asarray(rng.integers(0, 255, (3,)), jnp.uint8),
+  }
+  check = lambda frozen, resumed=True, allow=False: start.check_frozen(
+    tmp_path, frozen, resumed, allow
+  )
+  check(first)  # a run of before there were sums
+  check({k: x[::-1] for k, x in first.items()}, resumed=False)
+  check(first, resumed=False)
+  check({k: x + 0 for k, x in reversed(first.items())})
+  a, b = first["ref/a"], first["ref/b"]
+  others = [
+    {"ref/a": a.at[1, 2, 3].set(jnp.nextafter(a[1, 2, 3], jnp.inf))},
+    {"ref/a": a.at[0].set(a[1]).at[1].set(a[0])},
+    {"ref/a": a.swapaxes(0, 2)},
+    {"ref/b": b.at[0].set(b[1]).at[1].set(b[0])},
+    {"ref/b": -b},
+  ]
+  for other in others:
+    with pytest.raises(InputError, match=r"parameters \(ref\) are others") as e:
+      check(first | other)
+    assert "\n" not in str(e.value)
+  with pytest.raises(InputError, match=r"\(vae\) are others"):
+    check(first | {"vae/table": first["vae/table"].at[1].add(1)})
+  check(first)
+  check(first | others[0], allow=True)
+  assert "(ref) are others" in capsys.readouterr().out
+  check(first | others[0])
+  (tmp_path / "frozen.json").write_text("{")
+  with pytest.raises(InputError, match="unreadable"):
+    check(first)
+
+
+@pytest.mark.slow
+def test_resumed_run_has_the_reference_that_it_began_with(
+  tmp_path, monkeypatch, codes_as_images
+):
+  monkeypatch.setattr(rewarding, "open_scorer", lambda *args: share_of(WANTED))
+  model, workdir = tmp_path / "model", tmp_path / "run"
+  shutil.copytree(GOLDEN / "xomni", model)
+
+  def run(steps):
+    config = settings(phases__1_all__steps=steps, global_batch=8)
+    config.init.model = str(model)
+    cfg, arch = configure.parse(config, "test")
+    stage = build.stage(cfg, arch, config, workdir)
+    config.phases["1_all"].steps = 1  # as it was said before
+    return loop.train(cfg, stage, workdir, settings=config.to_dict())
+
+  assert run(1) == 0
+  shutil.rmtree(model)
+  shutil.copytree(GOLDEN / "xomni", model)  # the same, with other times
+  assert run(2) == 0
+  file = min(model.glob("model*.safetensors"))
+  tensors = safetensors.numpy.load_file(file)
+  name = min(tensors)
+  tensors[name] = np.negative(tensors[name])
+  safetensors.numpy.save_file(tensors, file)
+  with pytest.raises(InputError, match=r"parameters \(ref\) are others"):
+    run(3)
 
 
 @pytest.fixture

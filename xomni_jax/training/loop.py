@@ -50,7 +50,8 @@ def train(
     workdir: of the run: checkpoints, metrics, pictures, the exported model.
     settings: the config as a nested mapping, kept beside the checkpoints.
     resume: go on from the newest good checkpoint; False: there must be none.
-    allow_config_change: go on though `settings` have changed.
+    allow_config_change: go on though `settings`, or parameters that are read
+      from their files, have changed.
   Returns:
     exit status: 0 when the run is done, 143 when it was stopped and saved.
   Raises:
@@ -72,7 +73,10 @@ def train(
   log = log_lib.Log(workdir, jax.process_index() == 0)
   try:
     with jax.set_mesh(mesh), Preemption() as preemption:
-      run = _Run(cfg, stage, layout, runs, log, workdir, settings)
+      run = _Run(
+        *(cfg, stage, layout, runs, log, workdir, settings),
+        allow_config_change,
+      )
       return run.go(preemption)
   finally:
     try:
@@ -89,7 +93,7 @@ def _complain(line: str) -> None:
 class _Run:
   """One process's view of a run; its arrays are in `state` and `frozen`."""
 
-  def __init__(self, cfg, stage, layout, runs, log, workdir, settings):
+  def __init__(self, cfg, stage, layout, runs, log, workdir, settings, allow):
     self.cfg, self.stage, self.layout = cfg, stage, layout
     self.runs, self.log, self.workdir = runs, log, workdir
     key = jax.random.key(cfg.seed)
@@ -97,7 +101,7 @@ class _Run:
     self.step_key = jax.random.fold_in(key, _STEPS)
     self.held_out_key = jax.random.fold_in(key, _HELD_OUT)
     self.state, self.frozen = start.begin(
-      cfg, stage, layout, self.init_key, runs.restore
+      cfg, stage, layout, self.init_key, runs, allow
     )
     self.step = int(self.state["step"])
     log.cut(self.step)
