@@ -746,3 +746,82 @@ def test_rollout_that_waits_is_used_only_if_it_is_the_one(
   more = {"options__temperature": 0.5} if change == "temperature" else {}
   assert run(4 if change == "longer" else 3, **more) == 0
   assert draws == drawn
+
+
+def test_scores_of_a_rollout_come_in_while_the_next_one_is_drawn(
+  tmp_path, monkeypatch, codes_as_images
+):
+  """Each waits for the other to begin: one after the other, both give up."""
+  scoring, drawing, met = threading.Event(), threading.Event(), []
+  draw = rollout.Roller.draw
+
+  def spy(self, policy, prompts, number, **how):
+    if number == 1:
+      drawing.set()
+      met.append(scoring.wait(60))
+    return draw(self, policy, prompts, number, **how)
+
+  def scorer(items):
+    if not scoring.is_set():  # of the first rollout
+      scoring.set()
+      met.append(drawing.wait(60))
+    return share_of(WANTED)(items)
+
+  monkeypatch.setattr(rollout.Roller, "draw", spy)
+  config = settings(
+    phases__1_all__steps=2,
+    global_batch=8,
+    options__group_size=4,
+    options__overlap=1,
+  )
+  train(config, tmp_path, monkeypatch, scorer)
+  assert met == [True, True]
+
+
+def test_rollouts_of_two_sizes_are_trained_as_each_alone(
+  tmp_path, monkeypatch, codes_as_images
+):
+  """The smaller one is padded: its tokens, support, log-probs and mask."""
+  small, large = (32, 32), (32, 48)
+  file = tmp_path / "prompts.jsonl"
+  lines = [
+    json.dumps({"prompt": f"a sign {i}", "size": size}) + "\n"
+    for size in (small, large)
+    for i in range(2)
+  ]
+  file.write_text("".join(lines))
+  shapes = []
+
+  def scorer(items):
+    shapes.append({item.image.shape[:2] for item in items})
+    # Codes are bytes of the image.
+    return [
+      wire.Score(i.id, True, float(i.image[..., 0].mean()) / 64) for i in items
+    ]
+
+  def run(sizes, steps):
+    config = settings(
+      phases__1_all__steps=steps,
+      global_batch=8,
+      options__group_size=4,
+      options__min_p=0.2,
+      options__beta=0.1,
+      options__sizes=sizes,
+      data__shuffle=False,
+      data__window=4,
+      optim__lr=1e-2,
+    )
+    config.data.sources = ({"path": str(file), "task": "prompt"},)
+    workdir = tmp_path / str(len(sizes))
+    return train(config, workdir, monkeypatch, scorer)
+
+  both = run((small, large), 4)
+  assert shapes == [{(2, 2)}, {(2, 3)}, {(2, 2)}, {(2, 3)}]
+  (alone,) = run((small,), 1)
+  for key, value in alone.items():
+    if not key.startswith("time/"):
+      assert abs(both[0][key] - value) <= 1e-5 * max(1, abs(value)), key
+  for metrics in both:
+    assert metrics["grpo/grad_norm"] > 0
+    assert metrics["grpo/ratio_off"] < 1e-6
+    assert metrics["grpo/sampler_gap"] < 1e-5
