@@ -5,6 +5,10 @@ the codes. Rewards come from a server, to which the images have to come.
 """
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -109,6 +113,62 @@ def test_rollout_and_update_are_those_of_one_device(
   for name in ("entropy", "kl", "sampler_gap", "sampler_gap_max"):
     key = f"grpo/{name}"
     assert abs(metrics[0][key] - their_metrics[0][key]) < 1e-5, key
+
+
+def gradients(folder, config, rows, name):
+  """What grpo_gradients.py finds on these devices."""
+  way, out = WAYS[name], folder / f"{name}.npz"
+  np.savez(folder / "rows.npz", **rows)
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    address = f"localhost:{s.getsockname()[1]}"
+  flag = f"--xla_force_host_platform_device_count={way['devices']}"
+  started = [
+    subprocess.Popen(
+      [
+        *(sys.executable, "-m", "tests.multidevice.grpo_gradients"),
+        *map(str, (config, folder / "rows.npz", out)),
+        json.dumps(way["mesh"]),
+        *([f"{address},{way['count']},{i}"] if way["count"] > 1 else []),
+      ],
+      cwd=runs.ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(way["count"])
+  ]
+  for status, _, err in runs.finish_together(started):
+    assert status == 0, err[-3000:]
+  with np.load(out) as found:
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def alone_gradients(alone, tmp_path_factory):
+  """(config, rows of the first rollout, what one device makes of them)."""
+  folder, rows = tmp_path_factory.mktemp("gradients"), dict(alone[0])
+  rows.pop("mark")
+  config = grpo_runs.write_config(folder, "http://nowhere/red")
+  return config, rows, gradients(folder, config, rows, "one")
+
+
+@pytest.mark.parametrize(
+  "name", ["eight", pytest.param("two_processes", marks=pytest.mark.slow)]
+)
+def test_loss_and_gradients_of_equal_tokens_are_those_of_one_device(
+  alone_gradients, tmp_path, name
+):
+  config, rows, theirs = alone_gradients
+  ours = gradients(tmp_path, config, rows, name)
+  assert ours.keys() == theirs.keys() and ours["sum"] == theirs["sum"]
+  assert theirs["first/ratio_off"] < 1e-5 and theirs["moved/ratio_off"] > 0.01
+  for key, x in theirs.items():
+    # Of a gradient, of its largest element: sums come in another order.
+    size = np.abs(x).max() if "/grad/" in key else 1
+    assert np.abs(ours[key] - x).max() <= 1e-5 * size, key
+    assert size > 0 or "/lm_" in key, key  # text that nobody learns
 
 
 def overlapped(folder, name, steps=4):
