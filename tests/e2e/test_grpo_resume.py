@@ -19,6 +19,9 @@ WAYS = {
   "overlap": {"overlap": 1},
   # A rollout takes four steps: two minibatches, twice.
   "epochs": {"minibatches": 2, "epochs": 2},
+  # Two rollouts are in the state at once, with what a filter has kept.
+  "both": {"overlap": 1, "minibatches": 2, "epochs": 2, "min_p": 0.1},
+  "fused": {"reward_path": "fused", "paint_rows": 4},
 }
 
 
@@ -28,7 +31,15 @@ def server():
     yield server
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(
+  scope="module",
+  params=[
+    pytest.param(
+      way, marks=pytest.mark.slow if way in ("both", "fused") else ()
+    )
+    for way in WAYS
+  ],
+)
 def alone(request, server, tmp_path_factory):
   """A config, and the folder of its run left alone."""
   folder = tmp_path_factory.mktemp(request.param)
@@ -38,7 +49,7 @@ def alone(request, server, tmp_path_factory):
   assert status == 0, err[-3000:]
   losses = [m["grpo/grad_norm"] for m in runs.metrics(folder / "alone")]
   assert len(losses) == STEPS and all(losses)
-  rollouts = -(-STEPS // (4 if request.param == "epochs" else 1))
+  rollouts = -(-STEPS // updates(folder))
   assert len(server.asked) == rollouts * images(folder)  # each image once
   return config, folder
 
@@ -46,6 +57,12 @@ def alone(request, server, tmp_path_factory):
 def images(folder):
   """Of a rollout."""
   return WAYS[folder.name.rstrip("0")].get("minibatches", 1) * 8
+
+
+def updates(folder):
+  """Of a rollout."""
+  way = WAYS[folder.name.rstrip("0")]
+  return way.get("minibatches", 1) * way.get("epochs", 1)
 
 
 def ledger(workdir):
@@ -96,7 +113,7 @@ def killed(server, config, workdir, when, step):
 )
 def test_killed_run_ends_as_if_left_alone(alone, server, when, step):
   config, folder = alone
-  if "epochs" in folder.name:  # there are two rollouts, at steps 0 and 4
+  if updates(folder) > 1:  # there are two rollouts, at steps 0 and 4
     step = {"scoring": 1, "updating": 4}.get(when, step)
   workdir, first = folder / f"{when}-{step}", len(server.asked)
   killed(server, config, workdir, when, step)
@@ -106,12 +123,21 @@ def test_killed_run_ends_as_if_left_alone(alone, server, when, step):
   # What was asked when the run died is asked again, and nothing else is.
   again = len(server.asked) - first - len(ledger(workdir))
   assert 0 <= again <= images(folder)
-  if when == "updating" and "overlap" not in folder.name:
+  if when == "updating" and not WAYS[folder.name.rstrip("0")].get("overlap"):
     assert again == 0
 
 
 def test_preempted_run_saves_and_goes_on(alone, server):
   config, folder = alone
+  kept = [key for key in runs.state(folder / "alone", 2) if "/rows/" in key]
+  waiting = {key.split("/")[1] for key in kept}
+  assert waiting == {
+    *(["current"] if updates(folder) > 1 else []),
+    *(["next"] if WAYS[folder.name.rstrip("0")].get("overlap") else []),
+  }
+  assert len([key for key in kept if key.endswith("/support")]) == (
+    2 if "both" in folder.name else 0
+  )
   workdir = folder / "preempted"
   ((status, *_),) = runs.stopped(config, workdir, step=2)
   assert status == 143
