@@ -125,18 +125,16 @@ def _full():
 
 
 def _tiny():
-  """Draws and reads signs and posters of the drawn world."""
+  """Draws signs of the drawn world."""
   config = _full()
   data = {
-    "seq_len": 256,  # four signs and their captions, or a poster
+    "seq_len": 256,  # four signs and their captions
     "window": 256,
     "shuffle": True,
   }
   mixture = (
-    _source("runs/codes/signs/train", "text_to_image", 0.4),
-    _source("runs/codes/signs/train", "image_to_text", 0.25),
-    _source("runs/codes/posters/train", "text_to_image", 0.2),
-    _source("runs/codes/posters/train", "image_to_text", 0.15),
+    _source("runs/codes/train", "text_to_image", 0.7),
+    _source("runs/codes/train", "image_to_text", 0.3),
   )
   config |= {
     "global_batch": 8,
@@ -149,10 +147,7 @@ def _tiny():
     "eval_data": {
       **data,
       "shuffle": False,
-      "sources": (
-        _source("runs/codes/signs/held-out", "text_to_image", 0.5),
-        _source("runs/codes/posters/held-out", "text_to_image", 0.5),
-      ),
+      "sources": (_source("runs/codes/held-out", "text_to_image", 1.0),),
     },
     "report": {
       "log_every": 20,
