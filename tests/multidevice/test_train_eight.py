@@ -40,8 +40,10 @@ def test_losses_and_gradients_equal_one_device(facts, name):
     facts[name]["metrics"], facts[compared(name)]["metrics"], strict=True
   ):
     for key in theirs:
-      # f32 sums in another order, of losses of order ten.
-      near = pytest.approx(theirs[key], abs=2e-5, rel=2e-6)
+      # f32 sums in another order, of losses of order ten. The greatest ratio
+      # is one token's: the rounding of its log-prob is its own relative error.
+      rel = 1e-5 if key == "ratio_off_max" else 2e-6
+      near = pytest.approx(theirs[key], abs=2e-5, rel=rel)
       assert ours[key] == near, (name, key)
 
 

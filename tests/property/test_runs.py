@@ -269,6 +269,27 @@ def test_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
   assert {p.name for p in tmp_path.iterdir()} == {"1", "4"}
 
 
+@pytest.mark.parametrize(("place", "said"), [("orbax", False), ("mine", True)])
+def test_errors_of_other_tasks_that_orbax_leaves_are_not_logged(
+  tmp_path, place, said
+):
+  result = child(
+    "import asyncio\n"
+    "runs.Runs(sys.argv[1], CheckpointConfig()).close()\n"
+    "code = 'async def fails(): raise OSError(27)'\n"
+    "there = {}\n"
+    "exec(compile(code, f'/lib/{sys.argv[2]}/io.py', 'exec'), there)\n"
+    "async def main():\n"
+    "  asyncio.ensure_future(there['fails']())\n"
+    "  await asyncio.sleep(0.01)\n"
+    "asyncio.run(main())",
+    tmp_path,
+    place,
+  )
+  assert result.returncode == 0, result.stderr
+  assert ("Task exception was never retrieved" in result.stderr) == said
+
+
 def test_full_file_system_is_one_line(tmp_path):
   mounted = subprocess.run(
     ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path],

@@ -62,7 +62,8 @@ class Runs:
     """
     self.folder = pathlib.Path(folder).absolute()
     self._cfg = cfg
-    logging.getLogger("absl").addFilter(_is_no_traceback)
+    for name in ("absl", "asyncio"):
+      logging.getLogger(name).addFilter(_is_no_traceback)
     self._handler = _Handler()
     self._checkpointer = ocp.AsyncCheckpointer(
       self._handler, timeout_secs=_TIMEOUT
@@ -283,8 +284,13 @@ def _differences(found, wanted) -> list[str]:
 
 
 def _is_no_traceback(record: logging.LogRecord) -> bool:
-  """False for the hundreds of lines Orbax logs of an error that it raises."""
-  return not (record.exc_info and "orbax" in record.pathname)
+  """False for the hundreds of lines Orbax logs of an error that it raises.
+
+  Of several tasks that fail it raises the first one's error. Those of the
+  others asyncio logs, with the place of their code, when it clears them away.
+  """
+  where = record.getMessage() if record.name == "asyncio" else record.pathname
+  return not (record.exc_info and "orbax" in where)
 
 
 def _of_main(value: int) -> int:
