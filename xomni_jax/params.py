@@ -47,6 +47,13 @@ class Row:
     names = tuple(self.layout.split("->")[1].split())
     return ("layers", *names) if self.stacked else names
 
+  @property
+  def groups(self) -> list[list[str]]:
+    """Of each axis of PyTorch's tensor the logical axes that it is made of."""
+    theirs = self.layout.split("->")[0]
+    groups = re.findall(r"\(([^)]*)\)|(\S+)", theirs)
+    return [(group or single).split() for group, single in groups]
+
   def keys(self, shape: Sequence[int]) -> list[str]:
     """PyTorch keys, one a layer of our array of this shape."""
     if not self.stacked:
@@ -62,11 +69,7 @@ class Row:
   def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
     """Shape of one of the PyTorch tensors behind our array of this shape."""
     sizes = {"1": 1, **self.sizes(shape)}
-    groups = re.findall(r"\(([^)]*)\)|(\S+)", self.layout.split("->")[0])
-    return tuple(
-      math.prod(sizes[n] for n in (group or single).split())
-      for group, single in groups
-    )
+    return tuple(math.prod(sizes[n] for n in group) for group in self.groups)
 
   def from_torch(self, tensor, shape: Sequence[int]):
     """One layer in our layout, from one PyTorch tensor."""

@@ -168,11 +168,13 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW.
+  """AdamW, or for some parameters Muon.
 
   Attributes:
     lr: peak learning rate, of a phase whose `lr_scale` is 1.
-    b1, b2, eps, weight_decay: AdamW's.
+    b1, b2, eps, weight_decay: AdamW's; the last is Muon's too.
+    muon: expressions of parameter paths, of kernels of blocks: their momentum
+      is made orthogonal, and as large as AdamW's steps (arXiv:2502.16982).
     no_decay: expressions of parameter paths without weight decay.
     clip_norm: global norm of the gradient; 0: not clipped.
     accumulate: microbatches of a step, one after the other.
@@ -184,6 +186,7 @@ class OptimConfig:
   b2: float = 0.95
   eps: float = 1e-8
   weight_decay: float = 0.0
+  muon: tuple[str, ...] = ()
   no_decay: tuple[str, ...] = (r".*(bias|scale)$",)
   clip_norm: float = 1.0
   accumulate: int = 1
@@ -202,7 +205,7 @@ class OptimConfig:
         f"weight_decay {self.weight_decay} and clip_norm {self.clip_norm}: "
         "expected from 0",
       ),
-      *_patterns(self, "no_decay"),
+      *_patterns(self, "no_decay", "muon"),
     )
 
 

@@ -37,6 +37,7 @@ from xomni_jax.training.stages import ar, grpo_program
 ROWS, LENGTH, STEPS = 8, 48, 2
 # {name: (mesh, settings)}: every combination of axes that the configs use, and
 # each axis of the mesh at least once.
+MUON = (r"ar/.*/kernel",)
 RUNS = {
   "one": ({}, {}),
   "accumulate": ({}, {"accumulate": 4}),
@@ -45,6 +46,8 @@ RUNS = {
   "fsdp_tensor": ({"data": 2, "fsdp": 2, "tensor": 2}, {"accumulate": 2}),
   "context": ({"data": 2, "context": 4}, {"chunk": 8}),
   "slices": ({"slice": 2, "fsdp": 2, "context": 2}, {"remat": "dots"}),
+  "muon_one": ({}, {"muon": MUON}),
+  "muon": ({"data": 2, "fsdp": 2, "tensor": 2}, {"muon": MUON}),
   "grpo_one": ({}, {"stage": "grpo"}),
   "grpo": ({"data": 2, "fsdp": 2, "tensor": 2}, {"stage": "grpo"}),
   "grpo_remat": ({"data": 2, "fsdp": 4}, {"stage": "grpo", "remat": "full"}),
@@ -53,7 +56,8 @@ RUNS = {
 
 def compared(name):
   """The run that another one has to equal."""
-  return "grpo_one" if name.startswith("grpo") else "one"
+  kind = name.split("_")[0]
+  return f"{kind}_one" if kind in ("grpo", "muon") else "one"
 
 
 GRPO = GRPOOptions(
@@ -66,7 +70,9 @@ GRPO = GRPOOptions(
 )
 
 
-def config(mesh, accumulate=1, remat="none", chunk=16, stage="pretrain"):
+def config(
+  mesh, accumulate=1, remat="none", chunk=16, stage="pretrain", muon=()
+):
   return TrainConfig(
     stage=stage,
     seed=0,
@@ -75,7 +81,9 @@ def config(mesh, accumulate=1, remat="none", chunk=16, stage="pretrain"):
     data=DataConfig((SourceConfig("none", "text"),), seq_len=LENGTH),
     eval_data=None,
     init=InitConfig(),
-    optim=OptimConfig(lr=1e-2, weight_decay=0.1, accumulate=accumulate),
+    optim=OptimConfig(
+      lr=1e-2, weight_decay=0.1, accumulate=accumulate, muon=muon
+    ),
     checkpoint=CheckpointConfig(),
     report=ReportConfig(),
     compute=Compute(scan_layers=True, remat=remat, query_chunk=chunk),

@@ -1,5 +1,7 @@
 """AdamW over phases: groups of their own, against optax and float64 sums."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from xomni_jax import mesh as mesh_lib
 from xomni_jax.config import Compute
+from xomni_jax.errors import InputError
 from xomni_jax.params import Row
 from xomni_jax.stage_options import ARTrainOptions
 from xomni_jax.train_config import (
@@ -111,6 +114,82 @@ def alone(cfg, paths, steps, rates):
     updates, state = adamw.update(draw(step, paths), state, params)
     params = optax.apply_updates(params, updates)
   return params
+
+
+def orthogonal(x):
+  """Five steps of Newton and Schulz with Muon's coefficients, in float64."""
+  x = np.asarray(x, np.float64)
+  x = x / (np.linalg.norm(x) + 1e-8)
+  for _ in range(5):
+    y = x @ x.T
+    x = 3.4445 * x + (-4.775 * y + 2.0315 * y @ y) @ x
+  return x
+
+
+@pytest.mark.parametrize(
+  ("key", "shape", "pattern", "matrix"),
+  [
+    ("one/kernel", (4, 6), "out in -> in out", (4, 6)),
+    # Each layer is a matrix; heads are not.
+    (
+      "{i}/kernel",
+      (3, 4, 2, 5),
+      "(heads head_dim) embed -> embed heads head_dim",
+      (4, 10),
+    ),
+    (
+      "{i}/kernel",
+      (3, 2, 5, 4),
+      "embed (heads head_dim) -> heads head_dim embed",
+      (10, 4),
+    ),
+  ],
+)
+def test_muon_moves_matrices_by_orthogonal_steps(key, shape, pattern, matrix):
+  tree = layout_lib.nest({"kernel": jnp.zeros(shape)})
+  part = Part([Row("kernel", key, pattern)], tree)
+  phases = (Phase("one", 3, ("m/",)),)
+  layout = layout_lib.make_layout(
+    {"m": part}, phases, mesh_lib.make_mesh(), "float32"
+  )
+  cfg = OptimConfig(
+    lr=1e-2, weight_decay=0.1, clip_norm=0.0, muon=(".*/kernel",)
+  )
+  path = "m/kernel"
+  rng = np.random.default_rng(0)
+  value = rng.standard_normal(shape).astype(np.float32)
+  params, wanted = {path: jnp.asarray(value)}, value.astype(np.float64)
+  state, momentum = optim.init(cfg, layout, params), np.zeros(shape)
+  for n in range(1, 4):
+    grad = rng.standard_normal(shape).astype(np.float32)
+    params, state, _ = optim.update(
+      cfg, layout, 0, {path: jnp.asarray(grad)}, state, params, 1e-2
+    )
+    momentum = 0.95 * momentum + 0.05 * grad
+    # Nesterov's, both corrected for their start at zero.
+    ahead = 0.95 * momentum / (1 - 0.95 ** (n + 1)) + 0.05 * grad / (
+      1 - 0.95**n
+    )
+    step = np.stack([orthogonal(m) for m in ahead.reshape(-1, *matrix)])
+    step *= 0.2 * max(matrix) ** 0.5
+    wanted = wanted - 1e-2 * (step.reshape(shape) + 0.1 * wanted)
+  np.testing.assert_allclose(params[path], wanted, rtol=1e-5, atol=1e-5)
+  assert list(state) == ["0/muon"]
+
+
+def test_muon_leaves_the_rest_to_adamw():
+  layout = make_layout()
+  cfg = dataclasses.replace(CFG, muon=("m/a/kernel",))
+  history, rates = run(cfg, layout)
+  assert set(history[0][1]) == {"0+1+2", "0+1+2/muon", "1+2", "1"}
+  wanted = alone(CFG, ("m/a/bias",), range(1, 11), rates)
+  np.testing.assert_allclose(
+    history[-1][0]["m/a/bias"], wanted["m/a/bias"], **CLOSE
+  )
+  with pytest.raises(
+    InputError, match=r"optim\.muon matches c/kernel, which has 1 "
+  ):
+    run(dataclasses.replace(CFG, muon=(".*kernel",)), layout)
 
 
 def test_groups_are_parameters_that_train_in_the_same_phases():

@@ -1,4 +1,4 @@
-"""AdamW over phases.
+"""AdamW, and Muon for the matrices that a config names, over phases.
 
 Parameters that train in the same phases share an optimiser state with a count
 of its own. A group's state stands still in phases that freeze it: moments are
@@ -6,6 +6,7 @@ carried over a phase boundary where a parameter goes on training, and start
 from zero, bias correction included, where it is unfrozen.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
+from xomni_jax.errors import InputError
+from xomni_jax.params import Row
 from xomni_jax.train_config import OptimConfig, Phase
 from xomni_jax.training.layout import Layout
 
 Flat = Mapping[str, jax.Array]
+
+_MUON = "/muon"  # ends the label of a group that it moves
+# The root mean square of its steps is AdamW's, so that one learning rate serves
+# both (arXiv:2502.16982); an orthogonal matrix has 1 / sqrt(longer side).
+_MUON_RMS, _MUON_MOMENTUM = 0.2, 0.95
 
 
 def rate(phase: Phase, lr: float, local: int) -> float:
@@ -37,21 +46,76 @@ def rate(phase: Phase, lr: float, local: int) -> float:
   return float(falling(local - phase.warmup_steps))
 
 
-def _adam(cfg: OptimConfig):
+def _transform(cfg: OptimConfig, layout: Layout, label: str, paths):
+  """What turns gradients into steps, to be subtracted."""
+  if label.endswith(_MUON):
+    sides = {path: _sides(layout.rows[path]) for path in paths}
+    scale = optax.chain(
+      contrib.scale_by_muon(
+        beta=_MUON_MOMENTUM,
+        mu_dtype=jnp.float32,
+        weight_dimension_numbers=lambda _: sides,
+      ),
+      optax.stateless(
+        lambda steps, _: {
+          path: step * _MUON_RMS * _longer(step.shape, sides[path]) ** 0.5
+          for path, step in steps.items()
+        }
+      ),
+    )
+  else:
+    scale = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=jnp.float32)
   decays = lambda path: not any(re.match(p, path) for p in cfg.no_decay)
   return optax.chain(
-    optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=jnp.float32),
+    scale,
     optax.add_decayed_weights(
       cfg.weight_decay, lambda params: {path: decays(path) for path in params}
     ),
   )
 
 
+def _sides(row: Row) -> contrib.MuonDimensionNumbers:
+  """Our axes that make up each side of the matrix that PyTorch has.
+
+  Raises:
+    InputError: it has no two sides.
+  """
+  sides = row.groups
+  if len(sides) != 2:
+    raise InputError(
+      f"optim.muon matches {row.path}, which has {len(sides)} sides, not the 2 "
+      "of a matrix; name kernels of blocks only"
+    )
+  return contrib.MuonDimensionNumbers(
+    *(tuple(map(row.axes.index, side)) for side in sides)
+  )
+
+
+def _longer(shape, sides):
+  return max(math.prod(shape[i] for i in side) for side in sides)
+
+
+def _groups(cfg: OptimConfig, layout: Layout) -> dict[str, list[str]]:
+  """The layout's groups; of each, what Muon moves has a state of its own."""
+  found: dict[str, list[str]] = {}
+  for label, paths in layout.groups().items():
+    for path in paths:
+      muon = any(re.match(p, path) for p in cfg.muon)
+      found.setdefault(label + _MUON * muon, []).append(path)
+  return found
+
+
 def init(cfg: OptimConfig, layout: Layout, params: Flat) -> dict[str, Any]:
-  """{group: optimiser state}."""
+  """{group: optimiser state}.
+
+  Raises:
+    InputError: `cfg.muon` matches what is no matrix.
+  """
   return {
-    label: _adam(cfg).init({path: params[path] for path in paths})
-    for label, paths in layout.groups().items()
+    label: _transform(cfg, layout, label, paths).init(
+      {path: params[path] for path in paths}
+    )
+    for label, paths in _groups(cfg, layout).items()
   }
 
 
@@ -79,11 +143,11 @@ def update(
     scale = jnp.minimum(1.0, cfg.clip_norm / jnp.maximum(norm, 1e-12))
     grads = {path: g * scale for path, g in grads.items()}
   params, state = dict(params), dict(state)
-  for label, paths in layout.groups().items():
+  for label, paths in _groups(cfg, layout).items():
     if paths[0] not in layout.active[phase]:
       continue
     own = {path: params[path] for path in paths}
-    step, state[label] = _adam(cfg).update(
+    step, state[label] = _transform(cfg, layout, label, paths).update(
       {path: grads[path] for path in paths}, state[label], own
     )
     params |= {path: own[path] - lr * step[path] for path in paths}
