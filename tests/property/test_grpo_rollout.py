@@ -1,0 +1,365 @@
+"""Rollouts: which prompts, rows and sizes one is made of, and what it keeps.
+
+A resumed run has the reference that it began with, and uses a rollout that
+waits only if it is the one it would draw.
+"""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from tests import grpo_small
+from tests.grpo_small import WANTED, settings, share_of, train
+from tests.helpers import GOLDEN
+from xomni_jax import mesh as mesh_lib
+from xomni_jax.errors import InputError
+from xomni_jax.inference import sheets
+from xomni_jax.mesh import make_mesh
+from xomni_jax.rewards import wire
+from xomni_jax.training import (
+  build,
+  configure,
+  loop,
+  rewarding,
+  rollout,
+  start,
+)
+
+codes_as_images = grpo_small.codes_as_images  # a fixture
+
+
+@pytest.mark.parametrize(
+  "path", ["host", pytest.param("fused", marks=pytest.mark.slow)]
+)
+def test_prompt_that_does_not_fit_is_named_and_counts_nowhere(
+  tmp_path, monkeypatch, codes_as_images, capsys, path
+):
+  """Its images would have the best scores of all.
+
+  And a held-out batch of which all scores fail takes nothing from the mean.
+  """
+  file = tmp_path / "prompts.jsonl"
+  texts = ["a sign", "long " * 200, "a cat", "a dog"]
+  file.write_text("".join(f'{{"prompt": "{text}"}}\n' for text in texts))
+  asked = []
+
+  def scorer(items):
+    last = len(asked) >= 2 * 24  # after a rollout and a held-out batch
+    asked.extend(item.prompt for item in items)
+    if last:
+      return [wire.failed(i.id, "timeout", "too late") for i in items]
+    return [
+      wire.Score(i.id, True, 1.0 if i.prompt.startswith("long") else 0.25)
+      for i in items
+    ]
+
+  config = settings(
+    phases__1_all__steps=1,
+    data__shuffle=False,
+    report__eval_every=1,
+    report__eval_batches=2,
+    report__preview_every=1,
+    options__reward_path=path,
+    options__paint_rows=16,
+  )
+  config.data.sources = ({"path": str(file), "task": "prompt"},)
+  config.eval_data.sources = config.data.sources
+  found = train(config, tmp_path / "run", monkeypatch, scorer)
+  metrics = {k: v for line in found for k, v in line.items()}
+  said = capsys.readouterr().err
+  assert said.count("prompt prompts.jsonl:2 has more than 80 tokens") == 3
+  # The rest of the rollout counts: entropy is a mean over what does.
+  assert np.isfinite(metrics["grpo/entropy"]) and metrics["grpo/entropy"] > 0
+  assert metrics["grpo/tokens"] == 24 * 6
+  for where in ("reward", "held_out"):
+    assert metrics[f"{where}/ocr"] == metrics[f"{where}/total"] == 0.25
+    assert metrics[f"{where}/ocr_absent"] == 0.25
+  assert metrics["reward/ocr_failed"] == 0
+  assert metrics["reward/masked"] == 0.25
+  assert metrics["held_out/ocr_failed"] == 0.5
+  assert metrics["held_out/masked"] == 0.625
+  assert sorted(asked) == sorted(["a sign", "a cat", "a dog"] * 24)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_images_of_a_prompt_share_their_noise_or_not(tmp_path, same):
+  config = settings(
+    options__same_noise=same, options__paint_rows=16, options__paint_steps=1
+  )
+  cfg, arch = configure.parse(config, "test")
+  stage = build.stage(cfg, arch, config, tmp_path)
+  mesh = make_mesh(devices=jax.devices()[:1])
+  run = stage.collect.__self__
+  with jax.set_mesh(mesh):
+    roller = run._rolled(stage.load(mesh, {"ar": "float32"}))
+    codes = np.zeros((16, 6), np.int32)  # two prompts, the same codes
+    images, _ = roller.paint(codes, ["a sign"] * 16, 0, (2, 3))
+  equal = [(images[i] == images[0]).all() for i in range(16)]
+  assert equal == [i == 0 or (same and i < 8) for i in range(16)]
+
+
+def test_own_rows_are_each_given_once():
+  mesh = make_mesh(devices=jax.devices()[:1])
+  x = jax.device_put(
+    np.arange(6).reshape(6, 1),
+    jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+  )
+  assert [(i, int(v[0])) for i, v in rollout.own_rows(x)] == [
+    (i, i) for i in range(6)
+  ]
+
+
+def test_rollout_has_to_be_whole_groups(tmp_path):
+  config = settings(global_batch=20)
+  cfg, arch = configure.parse(config, "test")
+  with pytest.raises(InputError, match="no multiple of group_size 8"):
+    build.stage(cfg, arch, config, tmp_path)
+  config = settings(options__sample_rows=12)
+  cfg, arch = configure.parse(config, "test")
+  with pytest.raises(InputError, match="sample_rows is 12, expected a part"):
+    build.stage(cfg, arch, config, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("options", "said"),
+  [
+    (
+      {"reward_path": "fused", "paint_rows": 12},
+      "paint_rows is 12, expected a multiple of the 8 devices .* try 16",
+    ),
+    ({"score_rows": 4}, "score_rows is 4, expected a multiple of the 8 batch"),
+    # Rows are split over `data`, rewards are asked for by all devices.
+    (
+      {
+        "rollout_mesh": "(('data', 2), ('tensor', 4))",
+        "reward_path": "fused",
+        "paint_rows": 4,
+      },
+      "paint_rows is 4, expected a multiple of the 8 devices",
+    ),
+    ({"reward_path": "fused", "paint_rows": 24, "score_rows": 8}, None),
+    ({"paint_rows": 12}, None),
+  ],
+)
+def test_rows_have_to_go_into_devices(tmp_path, monkeypatch, options, said):
+  monkeypatch.setattr(jax, "device_count", lambda: 8)
+  config = settings(**{f"options__{k}": v for k, v in options.items()})
+  cfg, arch = configure.parse(config, "test")
+  if said is None:
+    build.stage(cfg, arch, config, tmp_path).close()
+    return
+  with pytest.raises(InputError, match=said) as error:
+    build.stage(cfg, arch, config, tmp_path)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("most", [1, 40, 100])
+def test_array_in_pieces_is_the_array(most):
+  x = jnp.arange(2 * 7 * 5, dtype=jnp.uint8).reshape(2, 7, 5)
+  sizes = []
+
+  def gather(x):
+    sizes.append(x.nbytes)
+    return np.asarray(x)
+
+  assert (mesh_lib._in_pieces(x, gather, most) == np.asarray(x)).all()
+  assert max(sizes) <= max(most, 10) and (most < 70) == (len(sizes) > 1)
+
+
+def test_chinese_prompts_are_spelled_under_images():
+  pytest.importorskip("pylopdf_fonts_zh_cn")
+  paint = lambda text: np.asarray(
+    sheets.grid([sheets.Picture(Image.new("RGB", (240, 8)), text)])
+  )
+  # Letters that a font lacks all look alike.
+  assert (paint("出口 ab") != paint("入口 ab")).any()
+  assert (paint("出口 ab") == paint("出口 ab")).all()
+
+
+def test_frozen_parameters_have_to_be_those_of_the_beginning(tmp_path, capsys):
+  rng = np.random.default_rng(0)
+  first = {
+    "ref/a": jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32),
+    "ref/b": jnp.asarray(rng.normal(size=(7,)), jnp.bfloat16),
+    "vae/a": jnp.asarray(rng.normal(size=(2, 2)), jnp.float32),
+    "vae/table": jnp.asarray(rng.integers(0, 255, (3,)), jnp.uint8),
+  }
+  check = lambda frozen, resumed=True, allow=False: start.check_frozen(
+    tmp_path, frozen, resumed, allow
+  )
+  check(first)  # a run of before there were sums
+  check({k: x[::-1] for k, x in first.items()}, resumed=False)
+  check(first, resumed=False)
+  check({k: x + 0 for k, x in reversed(first.items())})
+  a, b = first["ref/a"], first["ref/b"]
+  others = [
+    {"ref/a": a.at[1, 2, 3].set(jnp.nextafter(a[1, 2, 3], jnp.inf))},
+    {"ref/a": a.at[0].set(a[1]).at[1].set(a[0])},
+    {"ref/a": a.swapaxes(0, 2)},
+    {"ref/b": b.at[0].set(b[1]).at[1].set(b[0])},
+    {"ref/b": -b},
+  ]
+  for other in others:
+    with pytest.raises(InputError, match=r"parameters \(ref\) are others") as e:
+      check(first | other)
+    assert "\n" not in str(e.value)
+  with pytest.raises(InputError, match=r"\(vae\) are others"):
+    check(first | {"vae/table": first["vae/table"].at[1].add(1)})
+  check(first)
+  check(first | others[0], allow=True)
+  assert "(ref) are others" in capsys.readouterr().out
+  check(first | others[0])
+  (tmp_path / "frozen.json").write_text("{")
+  with pytest.raises(InputError, match="unreadable"):
+    check(first)
+
+
+@pytest.mark.slow
+def test_resumed_run_has_the_reference_that_it_began_with(
+  tmp_path, monkeypatch, codes_as_images
+):
+  monkeypatch.setattr(rewarding, "open_scorer", lambda *args: share_of(WANTED))
+  model, workdir = tmp_path / "model", tmp_path / "run"
+  shutil.copytree(GOLDEN / "xomni", model)
+
+  def run(steps):
+    config = settings(phases__1_all__steps=steps, global_batch=8)
+    config.init.model = str(model)
+    cfg, arch = configure.parse(config, "test")
+    stage = build.stage(cfg, arch, config, workdir)
+    config.phases["1_all"].steps = 1  # as it was said before
+    return loop.train(cfg, stage, workdir, settings=config.to_dict())
+
+  assert run(1) == 0
+  shutil.rmtree(model)
+  shutil.copytree(GOLDEN / "xomni", model)  # the same, with other times
+  assert run(2) == 0
+  file = min(model.glob("model*.safetensors"))
+  tensors = safetensors.numpy.load_file(file)
+  name = min(tensors)
+  tensors[name] = np.negative(tensors[name])
+  safetensors.numpy.save_file(tensors, file)
+  with pytest.raises(InputError, match=r"parameters \(ref\) are others"):
+    run(3)
+
+
+@pytest.fixture
+def draws(monkeypatch):
+  """Numbers of the rollouts that are drawn."""
+  numbers, draw = [], rollout.Roller.draw
+
+  def spy(self, policy, prompts, number, **how):
+    numbers.append(number)
+    return draw(self, policy, prompts, number, **how)
+
+  monkeypatch.setattr(rollout.Roller, "draw", spy)
+  return numbers
+
+
+@pytest.mark.parametrize(
+  ("change", "drawn"),
+  [
+    pytest.param("nothing", [2], marks=pytest.mark.slow),
+    # At its end a run has no next rollout, and keeps the one before.
+    ("longer", [2, 3]),
+    pytest.param("prompts", [1, 2], marks=pytest.mark.slow),
+    pytest.param("temperature", [1, 2], marks=pytest.mark.slow),
+  ],
+)
+def test_rollout_that_waits_is_used_only_if_it_is_the_one(
+  tmp_path, monkeypatch, codes_as_images, draws, change, drawn
+):
+  file, workdir = tmp_path / "prompts.jsonl", tmp_path / "run"
+  write = lambda text: file.write_text(
+    "".join(f'{{"prompt": "{text} {i}"}}\n' for i in range(8))
+  )
+  monkeypatch.setattr(rewarding, "open_scorer", lambda *args: share_of(WANTED))
+  stop_at = {"longer": 0}.get(change, 1)
+  monkeypatch.setattr(
+    loop.Preemption, "should_stop", lambda self, step: step == stop_at
+  )
+
+  def run(steps, **more):
+    config = settings(
+      phases__1_all__steps=steps,
+      global_batch=8,
+      options__group_size=4,
+      options__overlap=1,
+      checkpoint__every=1,
+      **more,
+    )
+    config.data.sources = ({"path": str(file), "task": "prompt"},)
+    cfg, arch = configure.parse(config, "test")
+    stage = build.stage(cfg, arch, config, workdir)
+    return loop.train(
+      cfg,
+      stage,
+      workdir,
+      settings=config.to_dict(),
+      allow_config_change=change in ("longer", "temperature"),
+    )
+
+  write("a sign")
+  assert run(2 if change == "longer" else 3) == (143 if stop_at else 0)
+  draws.clear()
+  stop_at = 0
+  if change == "prompts":
+    write("another sign")
+  more = {"options__temperature": 0.5} if change == "temperature" else {}
+  assert run(4 if change == "longer" else 3, **more) == 0
+  assert draws == drawn
+
+
+def test_rollouts_of_two_sizes_are_trained_as_each_alone(
+  tmp_path, monkeypatch, codes_as_images
+):
+  """The smaller one is padded: its tokens, support, log-probs and mask."""
+  small, large = (32, 32), (32, 48)
+  file = tmp_path / "prompts.jsonl"
+  lines = [
+    json.dumps({"prompt": f"a sign {i}", "size": size}) + "\n"
+    for size in (small, large)
+    for i in range(2)
+  ]
+  file.write_text("".join(lines))
+  shapes = []
+
+  def scorer(items):
+    shapes.append({item.image.shape[:2] for item in items})
+    # Codes are bytes of the image.
+    return [
+      wire.Score(i.id, True, float(i.image[..., 0].mean()) / 64) for i in items
+    ]
+
+  def run(sizes, steps):
+    config = settings(
+      phases__1_all__steps=steps,
+      global_batch=8,
+      options__group_size=4,
+      options__min_p=0.2,
+      options__beta=0.1,
+      options__sizes=sizes,
+      data__shuffle=False,
+      data__window=4,
+      optim__lr=1e-2,
+    )
+    config.data.sources = ({"path": str(file), "task": "prompt"},)
+    workdir = tmp_path / str(len(sizes))
+    return train(config, workdir, monkeypatch, scorer)
+
+  both = run((small, large), 4)
+  assert shapes == [{(2, 2)}, {(2, 3)}, {(2, 2)}, {(2, 3)}]
+  (alone,) = run((small,), 1)
+  for key, value in alone.items():
+    if not key.startswith("time/"):
+      assert abs(both[0][key] - value) <= 1e-5 * max(1, abs(value)), key
+  for metrics in both:
+    assert metrics["grpo/grad_norm"] > 0
+    assert metrics["grpo/ratio_off"] < 1e-6
+    assert metrics["grpo/sampler_gap"] < 1e-5
