@@ -77,6 +77,9 @@ def write_config(folder, url, **options):
     "checkpoint": {"every": 2, "keep_last": STEPS},
     "report": {"log_every": 1},
   }
+  signs = {"path": "world:signs", "task": "prompt"}
+  settings["data"]["sources"] = (signs,)
+  settings["eval_data"]["sources"] = ({**signs, "path": "world:signs:test"},)
   settings["optim"]["lr"] = 3e-3
   path = folder / "run.py"
   path.write_text(

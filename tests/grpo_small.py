@@ -22,6 +22,8 @@ def settings(**changes):
   config = configure.read("configs/grpo.py:tiny")
   sizes = configure.read("configs/model.py:tiny").to_dict()
   config.architecture = {k: sizes[k] for k in config.architecture}
+  signs = {"path": "world:signs", "task": "prompt"}
+  config.data.sources = config.eval_data.sources = (signs,)
   configure.override(
     config,
     [
