@@ -99,7 +99,7 @@ def _full():
 
 
 def _tiny():
-  """Paints signs and posters of the drawn world."""
+  """Paints signs of the drawn world."""
   config = _full()
   data = {
     "window": 1024,
@@ -120,14 +120,14 @@ def _tiny():
       **data,
       "shuffle": True,
       "prompt_dropout": 0.1,
-      "sources": _world("train"),
+      "sources": ({"path": "world:signs", "task": "image"},),
     },
     "eval_data": {
       **data,
       "shuffle": False,
       "prompt_dropout": 0.0,
-      # Words that no training image shows.
-      "sources": _world("held-out"),
+      # Words that no training sign shows.
+      "sources": ({"path": "world:signs:held-out", "task": "image"},),
     },
     "report": {
       "log_every": 20,
@@ -146,17 +146,8 @@ def _tiny():
   config["optim"] |= {"lr": 2e-3, "b2": 0.98, "weight_decay": 0.01}
   config["checkpoint"] |= {"every": 500, "keep_every": 0}
   config["options"] |= {
-    "grids": ((6, 6), (13, 8)),
+    "grids": ((6, 6),),
     "token_dropout": 0.0,
-    # As long as signs' captions; of posters the codes say what is cut off.
-    "text_len": 48,
+    "text_len": 48,  # captions take up to 47
   }
   return config
-
-
-def _world(split):
-  source = {"task": "image"}
-  return (
-    {**source, "path": f"world:signs:{split}", "weight": 0.7},
-    {**source, "path": f"world:posters:{split}", "weight": 0.3},
-  )

@@ -130,7 +130,7 @@ _PATIENT = {"deadline": 300.0, "try_seconds": 150.0}
 
 
 def _tiny():
-  """Signs and posters of the drawn world, read by OCR."""
+  """Signs of the drawn world, read by OCR."""
   config = _full()
   config |= {
     "global_batch": 64,  # 8 prompts of 8
@@ -142,11 +142,11 @@ def _tiny():
         "decay": "linear",
       },
     },
-    "data": {"sources": _world("train")},
+    "data": {"sources": ({"path": "world:signs", "task": "prompt"},)},
     "eval_data": {
       "shuffle": False,
-      # Words that no training image shows.
-      "sources": _world("held-out"),
+      # Words that no training sign shows.
+      "sources": ({"path": "world:signs:held-out", "task": "prompt"},),
     },
     "checkpoint": {"every": 20},
     "report": {
@@ -162,26 +162,18 @@ def _tiny():
   }
   config["optim"] |= {"lr": 1e-4, "b2": 0.98}
   config["options"] |= {
-    "sizes": ((96, 96), (208, 128)),  # signs, posters
+    "sizes": ((96, 96),),
     "group_size": 8,
     "min_p": 0.0,
     "overlap": 0,
-    "prompt_len": 96,
+    "prompt_len": 64,
     "sample_rows": 0,
     "rollout_mesh": (),
     "paint_rows": 32,
-    "paint_steps": 4,
+    "paint_steps": 8,
     "score_rows": 0,
     "loss_chunk": 64,
     # Letters stand so far apart that OCR reads spaces between them.
     "rewards": ({"name": "ocr", "source": "local:ocr", "spaces": False},),
   }
   return config
-
-
-def _world(split):
-  source = {"task": "prompt"}
-  return (
-    {**source, "path": f"world:signs:{split}", "weight": 0.7},
-    {**source, "path": f"world:posters:{split}", "weight": 0.3},
-  )

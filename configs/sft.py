@@ -39,54 +39,36 @@ def _full():
     }
   }
   config["optim"]["lr"] = 2e-5
-  return _instructions(
-    config,
-    (
-      _source("data/sft/codes", "generate", 0.7),
-      _source("data/sft/codes", "chat", 0.3),
-    ),
-    (_source("data/held_out/codes", "generate", 1.0),),
-  )
+  return _instructions(config, "data/sft/codes", "data/held_out/codes")
 
 
 def _tiny():
   config = read_config(_PRETRAIN, "tiny").to_dict()
   config["phases"] = {
     "1_all": {
-      "steps": 500,
+      "steps": 400,
       "train": ("ar/",),
       "warmup_steps": 20,
       "decay": "linear",
     }
   }
   config["optim"]["lr"] = 1e-3
-  codes = "runs/codes"
-  config = _instructions(
-    config,
-    (
-      _source(f"{codes}/signs/train", "generate", 0.4),
-      _source(f"{codes}/signs/train", "chat", 0.25),
-      _source(f"{codes}/posters/train", "generate", 0.2),
-      _source(f"{codes}/posters/train", "chat", 0.15),
-    ),
-    (
-      _source(f"{codes}/signs/held-out", "generate", 0.5),
-      _source(f"{codes}/posters/held-out", "generate", 0.5),
-    ),
-  )
-  config["data"]["turns"] = 2
-  return config
+  return _instructions(config, "runs/codes/train", "runs/codes/held-out")
 
 
-def _source(path, task, weight):
-  return {"path": path, "task": task, "weight": weight}
-
-
-def _instructions(config, sources, held_out):
+def _instructions(config, path, held_out):
+  source = {"path": path}
   config["stage"] = "sft"
   config["data"] |= {
     "prompt_dropout": 0.1,  # so that guidance has an unconditional branch
-    "sources": sources,
+    "sources": (
+      {**source, "task": "generate", "weight": 0.7},
+      {**source, "task": "chat", "weight": 0.3},
+    ),
   }
-  config["eval_data"] |= {"sources": held_out}
+  config["eval_data"] |= {
+    "sources": (
+      {**source, "path": held_out, "task": "generate", "weight": 1.0},
+    ),
+  }
   return config

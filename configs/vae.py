@@ -78,7 +78,7 @@ def _full():
 
 
 def _tiny():
-  """Rebuilds signs and posters of the drawn world."""
+  """Rebuilds signs of the drawn world."""
   config = _full()
   data = {"shuffle": True, "workers": 0}
   phase = {
@@ -95,12 +95,12 @@ def _tiny():
       # Norms and attention see all of an image: 26 dB before this, 33 after.
       "2_whole": {**phase, "steps": 400, "lr_scale": 0.6},
     },
-    "data": {**data, "sources": _world("train")},
+    "data": {**data, "sources": ({"path": "world:signs", "task": "image"},)},
     "eval_data": {
       **data,
       "shuffle": False,
-      # Words that no training image shows.
-      "sources": _world("held-out"),
+      # Words that no training sign shows.
+      "sources": ({"path": "world:signs:held-out", "task": "image"},),
     },
     "report": {
       "log_every": 50,
@@ -121,11 +121,3 @@ def _tiny():
   # error sees thin strokes from the start, the absolute one only large areas.
   config["options"] |= {"crops": (32, 96), "align": 16, "l2": 2.0}
   return config
-
-
-def _world(split):
-  source = {"task": "image"}
-  return (
-    {**source, "path": f"world:signs:{split}", "weight": 0.7},
-    {**source, "path": f"world:posters:{split}", "weight": 0.3},
-  )

@@ -19,11 +19,8 @@ from xomni_jax.inference import shipped
 
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 _LOG = "recipe.log"
-# Of images that become codes, of each level: {split: (whole, quick)}.
-_CODES = {
-  "signs": {"train": (24_000, 2_400), "held-out": (1_000, 200)},
-  "posters": {"train": (12_000, 1_200), "held-out": (500, 100)},
-}
+# Of images that become codes: (train, held-out).
+_CODES, _QUICK_CODES = (30_000, 2_000), (3_000, 300)
 _SHARD = 1024
 # Where a stage starts: {setting: what another stage left}.
 _STARTS = {
@@ -42,11 +39,9 @@ _QUICK = {
     "phases.2_whole.warmup_steps=0",
   ),
   "tokenizer": (
-    "phases.1_signs.steps=290",
-    "phases.2_all.steps=60",
-    "phases.2_all.warmup_steps=10",
+    "phases.1_all.steps=350",
     "options.quantise_from=150",
-    "options.revive_until=270",
+    "options.revive_until=300",
   ),
   "pretrain": (
     "phases.1_vision.steps=40",
@@ -120,25 +115,23 @@ def main(argv: list[str]) -> int:
 
 def jobs(quick: bool, seed: int) -> list[Job]:
   """What is run, in order."""
+  counts = _QUICK_CODES if quick else _CODES
   found = []
   for stage in _STARTS:
     if stage == "pretrain":
-      found += [
-        _codes(level, split, counts[quick])
-        for level, splits in _CODES.items()
-        for split, counts in splits.items()
-      ]
+      for split, count in zip(("train", "held-out"), counts, strict=True):
+        found.append(_codes(split, count))
     found.append(_stage(stage, quick, seed))
   return found
 
 
-def _codes(level: str, split: str, count: int) -> Job:
-  out = f"codes/{level}/{split}"
+def _codes(split: str, count: int) -> Job:
+  out = f"codes/{split}"
   shards = -(-count // _SHARD)
   return Job(
-    f"codes of {level}, {split}",
+    f"codes, {split}",
     ("tokenize-dataset", "--model", "runs/tokenizer/model",
-     "--source", f"world:{level}:{split}", "--count", str(count),
+     "--source", f"world:signs:{split}", "--count", str(count),
      "--shard-size", str(_SHARD), "--out", f"runs/{out}"),
     # Shards are made in order, each whole or not at all.
     f"{out}/codes-{shards - 1:05d}-of-{shards:05d}.array_record",
