@@ -90,6 +90,22 @@ def test_rapidocr_gives_an_image_the_same_score_alone_and_among_others(
   assert together == alone
 
 
+def test_rapidocr_reads_several_images_at_once_as_one_by_one(rapidocr):
+  items = [_sign(i) for i in range(9)]
+  assert ocr.open_engine("rapidocr", 3).read(items) == rapidocr.read(items)
+
+
+def test_rapidocr_that_fails_on_an_image_reads_the_next():
+  """A reader that was lost would be waited for."""
+  pytest.importorskip("rapidocr")
+  engine = ocr.open_engine("rapidocr", 2)
+  no_image = _blank()._replace(image=np.zeros((96, 96), np.uint8))
+  for _ in range(3):
+    with pytest.raises(IndexError):
+      engine.read([no_image])
+  assert engine.read([_sign(2)])[0].text
+
+
 def test_rapidocr_of_a_blank_image_is_a_score_of_0(rapidocr):
   score = ocr.make_scorer(rapidocr)([_blank()])[0]
   assert (score.ok, score.score, score.raw["text"]) == (True, 0.0, "")

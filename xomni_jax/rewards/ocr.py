@@ -17,8 +17,7 @@ def open_engine(name: str, threads: int = 1, model: str = "") -> Engine:
   """Opens an engine by its name, one of ENGINES.
 
   Args:
-    threads: of the CPU, for rapidocr and tesseract. One gives the same sums
-      on every machine; processes scale better than threads here.
+    threads: of the CPU, for rapidocr and tesseract.
     model: of got, a folder or hub id.
   Raises:
     InputError: no such engine, or it is not installed.
