@@ -143,6 +143,8 @@ def orthogonal(x):
       "embed (heads head_dim) -> heads head_dim embed",
       (10, 4),
     ),
+    # A convolution: what an output is made of is a side.
+    ("one/kernel", (3, 2, 4, 5), "out in kh kw -> kh kw in out", (24, 5)),
   ],
 )
 def test_muon_moves_matrices_by_orthogonal_steps(key, shape, pattern, matrix):

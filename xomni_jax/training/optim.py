@@ -77,14 +77,17 @@ def _transform(cfg: OptimConfig, layout: Layout, label: str, paths):
 def _sides(row: Row) -> contrib.MuonDimensionNumbers:
   """Our axes that make up each side of the matrix that PyTorch has.
 
+  A convolution's has what an output is made of as its second side.
+
   Raises:
     InputError: it has no two sides.
   """
-  sides = row.groups
-  if len(sides) != 2:
+  first, *others = row.groups
+  sides = first, [axis for group in others for axis in group]
+  if not others:
     raise InputError(
-      f"optim.muon matches {row.path}, which has {len(sides)} sides, not the 2 "
-      "of a matrix; name kernels of blocks only"
+      f"optim.muon matches {row.path}, which has 1 side, not the 2 of a matrix; "
+      "name kernels only"
     )
   return contrib.MuonDimensionNumbers(
     *(tuple(map(row.axes.index, side)) for side in sides)
