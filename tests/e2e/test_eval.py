@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import xomni_jax
 from tests.helpers import GOLDEN
 from xomni_jax import cli
-from xomni_jax.evals import asked, command, drawing, reading, rows
+from xomni_jax.evals import answers, asked, command, drawing, reading, rows
 from xomni_jax.inference.sampling import Sampling
 from xomni_jax.rewards.wire import Item
 
@@ -271,3 +272,32 @@ def test_judge_that_is_not_installed_is_left_out(monkeypatch):
   reading._engine.cache_clear()
   assert [*reading._revisions()] == ["rapidocr"]
   reading._engine.cache_clear()
+
+
+def test_answers_are_exact_where_chat_gives_the_truth(tmp_path, capsys):
+  """One pass over the truth, against an answer token by token."""
+  source, count = "world:signs:test", 8
+  flags = ["--source", source, "--count", str(count), "--batch", "5"]
+  assert cli.main(["eval", "answers", *flags, "--out", str(tmp_path)]) == 0
+  figures = json.loads((tmp_path / "answers.json").read_text())
+  model = xomni_jax.load("tiny")
+  for name in answers.QUESTIONS:
+    said = [
+      model.chat(record["image"], name) == dict(record["qa"])[name]
+      for record in asked.true_records(source, range(count))
+    ]
+    assert figures["exact"][name]["all"][0] == pytest.approx(np.mean(said))
+  assert "What colour is it?: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    (["--source", "prompts.jsonl"], "expected world:LEVEL:SPLIT"),
+    (["--count", "0"], "expected 1 to"),
+    (["--batch", "0"], "--batch is 0, expected 1 or more"),
+  ],
+)
+def test_answers_say_what_is_wrong(flags, words, capsys):
+  assert cli.main(["eval", "answers", *flags]) == 2
+  assert words in capsys.readouterr().err

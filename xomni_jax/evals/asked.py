@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from xomni_jax.data import world
+from xomni_jax.data.fields import Record
 from xomni_jax.data.prompts import open_prompts
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint, shipped
@@ -67,10 +68,15 @@ def open_asked(source: str, count: int) -> list[Asked]:
   return found
 
 
+def true_records(source: str, indices: Sequence[int]) -> list[Record]:
+  """Records of the drawn world: images, captions, questions."""
+  drawn = _world(source)
+  return [drawn[i] for i in indices]
+
+
 def true_images(source: str, indices: Sequence[int]) -> list[Image.Image]:
   """What prompts of the drawn world ask for, as it is drawn."""
-  drawn = _world(source)
-  return [drawn[i]["image"] for i in indices]
+  return [record["image"] for record in true_records(source, indices)]
 
 
 def has_images(source: str) -> bool:
@@ -103,23 +109,25 @@ def prompts_hash(asked: Sequence[Asked]) -> str:
   return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
-def weights_hash(model: str, flux: str | None) -> str:
+def weights_hash(model: str, flux: str | None, paints: bool = True) -> str:
   """16 hex digits of a model's weights, those of its decoder included.
 
   Args:
     model: as for `xomni_jax.load`.
     flux: likewise; None: the model brings its own.
+    paints: False: leave its decoder out.
   Raises:
     InputError: the files do not make a model.
   """
-  if flux is None and shipped.find(model) is None:
+  if paints and flux is None and shipped.find(model) is None:
     raise InputError(
       f"painting what {model} draws needs FLUX.1-dev's parts; name them with "
       "--flux"
     )
   opened = checkpoint.open_checkpoint(model)
-  decoder = checkpoint.open_decoder(opened, flux or model)
-  parts = {**opened.parts, **decoder.parts}
+  parts = dict(opened.parts)
+  if paints:
+    parts |= checkpoint.open_decoder(opened, flux or model).parts
   found = hashlib.sha256()
   for name, part in sorted(parts.items()):
     for file in part.files:

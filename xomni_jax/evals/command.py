@@ -3,7 +3,8 @@
 `best-of-n` and `cfg` keep a row for every image in OUT as it is made, and at
 the end write their figures as JSON; started again, they go on where they were.
 `score` makes the figures anew from the rows and draws nothing; `report` puts
-the figures of several training seeds side by side.
+the figures of several training seeds side by side. `answers` asks one model
+about images of the drawn world.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 from xomni_jax.errors import InputError
 from xomni_jax.evals import (
+  answers,
   asked,
   best_of_n,
   cfg,
@@ -82,6 +84,18 @@ def _parse(argv):
   sub.add_argument(
     "--validation-count", type=int, default=500, help="of these prompts"
   )
+  sub = verb("answers", _answers, "What a model answers about drawn images.")
+  sub.add_argument(
+    "--model", default="tiny", help="X-Omni folder or hub id that is asked"
+  )
+  sub.add_argument(
+    "--source",
+    default="world:signs:test",
+    help="images and questions: world:LEVEL:SPLIT",
+  )
+  sub.add_argument("--count", type=int, default=2000, help="of images")
+  sub.add_argument("--batch", type=int, default=50, help="images at once")
+  sub.add_argument("--out", help="folder of the figures as JSON; unset: none")
   sub = verb("score", _score, "Make the figures of a folder from its rows.")
   sub.add_argument("out", help="folder of measurements")
   sub = verb("report", _report, "Tables and plots of several training seeds.")
@@ -154,6 +168,35 @@ def _validation_of(source):
       "other prompts with --validation"
     )
   return source.removesuffix("test") + "validation"
+
+
+def _answers(args):
+  if args.batch < 1:
+    raise InputError(f"--batch is {args.batch}, expected 1 or more")
+  if not asked.has_images(args.source):
+    raise InputError(
+      f"--source is {args.source}, expected world:LEVEL:SPLIT, whose images "
+      "have questions and answers"
+    )
+  some = asked.open_asked(args.source, args.count)
+  model = loading.load(args.model)
+  with measure.progress(args.count) as bar:
+    found = answers.measure(model, args.source, args.count, args.batch, bar)
+  identity = {
+    "measures": answers.NAME,
+    "models": {"model": asked.weights_hash(args.model, None, False)},
+    "source": args.source,
+    "prompts": {"test": [len(some), asked.prompts_hash(some)]},
+  }
+  figures = answers.summary(identity, found, [a.kind for a in some])
+  for name, of in figures["exact"].items():
+    mean, low, high, _ = of["all"]
+    print(f"{name}: {mean:.3f} exact ({low:.3f} to {high:.3f})")
+  if args.out:
+    path = pathlib.Path(args.out) / f"{answers.NAME}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_json(path, figures)
+    print(path)
 
 
 class _Bench(contextlib.ExitStack):

@@ -105,16 +105,7 @@ def run(
   if not work:
     return
   total = sum(map(count, whole))
-  bar = tqdm(
-    total=total,
-    initial=total - sum(map(count, work)),
-    unit="image",
-    file=sys.stderr,
-    smoothing=0.05,
-    # A log gets a line now and then, a terminal what moves.
-    mininterval=0.5 if sys.stderr.isatty() else 30,
-  )
-  with bar:
+  with progress(total, total - sum(map(count, work))) as bar:
     waiting: collections.deque = collections.deque()
     keep = _Keeper(asked, rows, folder, bar)
     full = {s.name: max(1, images // s.samples) for s in settings}
@@ -127,6 +118,19 @@ def run(
         keep(done, made, readers.hear(futures))
     for done, made, futures in waiting:
       keep(done, made, readers.hear(futures))
+
+
+def progress(total: int, done: int = 0) -> tqdm:
+  """A bar that counts images."""
+  return tqdm(
+    total=total,
+    initial=done,
+    unit="image",
+    file=sys.stderr,
+    smoothing=0.05,
+    # A log gets a line now and then, a terminal what moves.
+    mininterval=0.5 if sys.stderr.isatty() else 30,
+  )
 
 
 def _is_missing(batch, rows, folder):
