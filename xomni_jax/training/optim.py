@@ -86,8 +86,8 @@ def _sides(row: Row) -> contrib.MuonDimensionNumbers:
   sides = first, [axis for group in others for axis in group]
   if not others:
     raise InputError(
-      f"optim.muon matches {row.path}, which has 1 side, not the 2 of a matrix; "
-      "name kernels only"
+      f"optim.muon matches {row.path}, which has 1 side, not the 2 of a "
+      "matrix; name kernels only"
     )
   return contrib.MuonDimensionNumbers(
     *(tuple(map(row.axes.index, side)) for side in sides)
