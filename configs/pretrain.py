@@ -125,29 +125,57 @@ def _full():
 
 
 def _tiny():
-  """Draws signs of the drawn world."""
+  """Draws and reads signs and posters of the drawn world."""
   config = _full()
   data = {
-    "seq_len": 256,  # four signs and their captions
+    "seq_len": 256,  # four signs and their prompts, or a poster
     "window": 256,
     "shuffle": True,
+    "turns": 2,
   }
+  # Nothing can be foretold of an image without a prompt, nor of a prompt.
   mixture = (
-    _source("runs/codes/train", "text_to_image", 0.7),
-    _source("runs/codes/train", "image_to_text", 0.3),
+    _source("runs/codes/signs/train", "generate", 0.42),
+    _source("runs/codes/posters/train", "generate", 0.23),
+    _source("runs/codes/signs/train", "chat", 0.15),
+    _source("runs/codes/posters/train", "chat", 0.08),
+    _source("runs/codes/signs/train", "image_to_text", 0.08),
+    _source("runs/codes/posters/train", "image_to_text", 0.04),
+  )
+  reading = (_source("runs/codes/signs/train", "image_to_text", 1.0),)
+  drawing = (
+    _source("runs/codes/signs/train", "generate", 0.85),
+    _source("runs/codes/signs/train", "image_to_text", 0.15),
   )
   config |= {
     "global_batch": 8,
     "phases": {
-      "1_vision": {"steps": 100, "train": _VISION, "warmup_steps": 20},
-      "2_all": {"steps": 2100, "train": ("ar/",), "warmup_steps": 20},
-      "3_anneal": {"steps": 400, "train": ("ar/",), "decay": "linear"},
+      "1_vision": {"steps": 60, "train": _VISION, "warmup_steps": 20},
+      # Captions alone are read after 300 steps, and not at all in a mixture.
+      "2_read": {
+        "steps": 400,
+        "train": ("ar/",),
+        "warmup_steps": 20,
+        "data": {**data, "sources": reading},
+      },
+      "3_draw": {
+        "steps": 700,
+        "train": ("ar/",),
+        "data": {**data, "sources": drawing},
+      },
+      "4_all": {"steps": 1500, "train": ("ar/",)},
+      "5_anneal": {"steps": 600, "train": ("ar/",), "decay": "linear"},
     },
     "data": {**data, "sources": mixture},
     "eval_data": {
       **data,
       "shuffle": False,
-      "sources": (_source("runs/codes/held-out", "text_to_image", 1.0),),
+      "sources": (
+        _source("runs/codes/signs/held-out", "generate", 0.3),
+        _source("runs/codes/signs/held-out", "chat", 0.3),
+        _source("runs/codes/posters/held-out", "generate", 0.2),
+        _source("runs/codes/posters/held-out", "chat", 0.2),
+      ),
     },
     "report": {
       "log_every": 20,
@@ -163,7 +191,13 @@ def _tiny():
     "frozen_dtype": "float32",
     "architecture": model_sections("world")["architecture"],
   }
-  config["optim"] |= {"lr": 2e-3, "b2": 0.98, "weight_decay": 0.01}
+  config["optim"] |= {
+    "lr": 2e-3,
+    "b2": 0.98,
+    "weight_decay": 0.01,
+    # Half as many steps as AdamW alone needs.
+    "muon": ("ar/.*/kernel",),
+  }
   config["checkpoint"] |= {"every": 200, "keep_every": 0}
   config["options"] |= {"loss_chunk": 256}
   return config

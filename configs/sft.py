@@ -39,36 +39,59 @@ def _full():
     }
   }
   config["optim"]["lr"] = 2e-5
-  return _instructions(config, "data/sft/codes", "data/held_out/codes")
+  return _instructions(
+    config,
+    (
+      _source("data/sft/codes", "generate", 0.7),
+      _source("data/sft/codes", "chat", 0.3),
+    ),
+    (_source("data/held_out/codes", "generate", 1.0),),
+  )
 
 
 def _tiny():
   config = read_config(_PRETRAIN, "tiny").to_dict()
+  codes = "runs/codes"
+  config = _instructions(
+    config,
+    (
+      _source(f"{codes}/signs/train", "generate", 0.4),
+      _source(f"{codes}/signs/train", "chat", 0.25),
+      _source(f"{codes}/posters/train", "generate", 0.2),
+      _source(f"{codes}/posters/train", "chat", 0.15),
+    ),
+    (
+      _source(f"{codes}/signs/held-out", "generate", 0.5),
+      _source(f"{codes}/posters/held-out", "generate", 0.5),
+    ),
+  )
+  # Answers have few tokens: beside drawing they would be learned late.
+  answers = (
+    _source(f"{codes}/signs/train", "chat", 0.8),
+    _source(f"{codes}/signs/train", "generate", 0.2),
+  )
   config["phases"] = {
-    "1_all": {
+    "1_answer": {
       "steps": 400,
       "train": ("ar/",),
       "warmup_steps": 20,
-      "decay": "linear",
-    }
+      "data": {**config["data"], "sources": answers},
+    },
+    "2_all": {"steps": 600, "train": ("ar/",), "decay": "linear"},
   }
   config["optim"]["lr"] = 1e-3
-  return _instructions(config, "runs/codes/train", "runs/codes/held-out")
+  return config
 
 
-def _instructions(config, path, held_out):
-  source = {"path": path}
+def _source(path, task, weight):
+  return {"path": path, "task": task, "weight": weight}
+
+
+def _instructions(config, sources, held_out):
   config["stage"] = "sft"
   config["data"] |= {
     "prompt_dropout": 0.1,  # so that guidance has an unconditional branch
-    "sources": (
-      {**source, "task": "generate", "weight": 0.7},
-      {**source, "task": "chat", "weight": 0.3},
-    ),
+    "sources": sources,
   }
-  config["eval_data"] |= {
-    "sources": (
-      {**source, "path": held_out, "task": "generate", "weight": 1.0},
-    ),
-  }
+  config["eval_data"] |= {"sources": held_out}
   return config

@@ -118,36 +118,41 @@ def _full():
 
 
 def _tiny():
-  """Reads signs of the drawn world."""
+  """Reads signs and posters of the drawn world."""
   config = _full()
   model = model_sections("world")
   arch = model["architecture"]
   data = {
     "window": 1024,
   }
-  source = {"task": "image"}
+  phase = {
+    # The ViT is random: unlike a released one it has all to learn.
+    "train": ("siglip/", "vq/", "lm/", "readout/"),
+    "warmup_steps": 50,
+    "decay": "cosine",
+    "end_scale": 0.05,
+  }
   config |= {
     "global_batch": 16,
     "phases": {
-      "1_all": {
-        "steps": 3500,
-        # The ViT is random: unlike a released one it has all to learn.
-        "train": ("siglip/", "vq/", "lm/", "readout/"),
-        "warmup_steps": 50,
-        "decay": "cosine",
-        "end_scale": 0.05,
+      # Posters too from the start, 40 codes of a few colours are left.
+      "1_signs": {
+        **phase,
+        "steps": 3000,
+        "data": {**data, "shuffle": True, "sources": _world("train")[:1]},
       },
+      "2_all": {**phase, "steps": 1200, "lr_scale": 0.5},
     },
     "data": {
       **data,
       "shuffle": True,
-      "sources": ({**source, "path": "world:signs"},),
+      "sources": _world("train"),
     },
     "eval_data": {
       **data,
       "shuffle": False,
-      # Words that no training sign shows.
-      "sources": ({**source, "path": "world:signs:held-out"},),
+      # Words that no training image shows.
+      "sources": _world("held-out"),
     },
     "checkpoint": {
       "every": 500,
@@ -180,7 +185,7 @@ def _tiny():
   }
   config["optim"] |= {"lr": 3e-3, "b2": 0.98, "weight_decay": 0.01}
   config["options"] |= {
-    "grids": ((6, 6),),
+    "grids": ((6, 6), (13, 8)),
     "text_len": 128,  # about five questions
     "temperature": 0.03,
     # Most cells of a sign are blank: pushed to use many codes, they would say
@@ -199,3 +204,11 @@ def _tiny():
     "loss_chunk": 128,
   }
   return config
+
+
+def _world(split):
+  source = {"task": "image"}
+  return (
+    {**source, "path": f"world:signs:{split}", "weight": 0.7},
+    {**source, "path": f"world:posters:{split}", "weight": 0.3},
+  )

@@ -6,9 +6,11 @@ was stopped goes on from its newest checkpoint.
 """
 
 import argparse
+import json
 import pathlib
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -19,8 +21,11 @@ from xomni_jax.inference import shipped
 
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 _LOG = "recipe.log"
-# Of images that become codes: (train, held-out).
-_CODES, _QUICK_CODES = (30_000, 2_000), (3_000, 300)
+# Of images that become codes, of each level: {split: (whole, quick)}.
+_CODES = {
+  "signs": {"train": (24_000, 2_400), "held-out": (1_000, 200)},
+  "posters": {"train": (12_000, 1_200), "held-out": (500, 100)},
+}
 _SHARD = 1024
 # Where a stage starts: {setting: what another stage left}.
 _STARTS = {
@@ -39,19 +44,24 @@ _QUICK = {
     "phases.2_whole.warmup_steps=0",
   ),
   "tokenizer": (
-    "phases.1_all.steps=350",
+    "phases.1_signs.steps=290",
+    "phases.2_all.steps=60",
+    "phases.2_all.warmup_steps=10",
     "options.quantise_from=150",
-    "options.revive_until=300",
+    "options.revive_until=270",
   ),
   "pretrain": (
     "phases.1_vision.steps=40",
-    "phases.2_all.steps=110",
-    "phases.3_anneal.steps=30",
+    "phases.2_read.steps=60",
+    "phases.3_draw.steps=60",
+    "phases.4_all.steps=50",
+    "phases.5_anneal.steps=30",
   ),
-  "sft": ("phases.1_all.steps=40",),
+  "sft": ("phases.1_answer.steps=20", "phases.2_all.steps=30"),
   "decoder": ("phases.1_all.steps=220",),
   "grpo": ("phases.1_all.steps=2", "phases.1_all.warmup_steps=0"),
 }
+_CONTROL_SEED = 1000  # added: other records, in another order, than before
 _POLL = 0.5  # s
 _SAY = 30.0  # s between lines where there is no terminal
 
@@ -90,6 +100,12 @@ def main(argv: list[str]) -> int:
     "--quick", action="store_true", help="minutes: to see that all of it runs"
   )
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument(
+    "--control",
+    action="store_true",
+    help="at the end also fine-tune on for as long as reinforcement learning "
+    "took: what that is compared with",
+  )
   args = parser.parse_args(argv)
   if not _CONFIGS.is_dir():
     raise InputError(
@@ -102,12 +118,15 @@ def main(argv: list[str]) -> int:
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   start = time.monotonic()
   todo = jobs(args.quick, args.seed)
+  count = len(todo) + args.control
   for i, job in enumerate(todo, 1):
     if not (out / "runs" / job.leaves).exists():
-      run(job, out, f"[{i}/{len(todo)}]", start)
+      run(job, out, f"[{i}/{count}]", start)
   made = out / "runs" / "tiny"
   if not made.exists():
     assemble(out / "runs", made)
+  if args.control and not (out / "runs" / "control" / "model").exists():
+    run(_control(out / "runs", args.seed), out, f"[{count}/{count}]", start)
   minutes, seconds = divmod(round(time.monotonic() - start), 60)
   print(f"{made}: the model; {minutes} min {seconds:02d} s")
   return 0
@@ -115,27 +134,64 @@ def main(argv: list[str]) -> int:
 
 def jobs(quick: bool, seed: int) -> list[Job]:
   """What is run, in order."""
-  counts = _QUICK_CODES if quick else _CODES
   found = []
   for stage in _STARTS:
     if stage == "pretrain":
-      for split, count in zip(("train", "held-out"), counts, strict=True):
-        found.append(_codes(split, count))
+      found += [
+        _codes(level, split, counts[quick])
+        for level, splits in _CODES.items()
+        for split, counts in splits.items()
+      ]
     found.append(_stage(stage, quick, seed))
   return found
 
 
-def _codes(split: str, count: int) -> Job:
-  out = f"codes/{split}"
+def _codes(level: str, split: str, count: int) -> Job:
+  out = f"codes/{level}/{split}"
   shards = -(-count // _SHARD)
   return Job(
-    f"codes, {split}",
+    f"codes of {level}, {split}",
     ("tokenize-dataset", "--model", "runs/tokenizer/model",
-     "--source", f"world:signs:{split}", "--count", str(count),
+     "--source", f"world:{level}:{split}", "--count", str(count),
      "--shard-size", str(_SHARD), "--out", f"runs/{out}"),
     # Shards are made in order, each whole or not at all.
     f"{out}/codes-{shards - 1:05d}-of-{shards:05d}.array_record",
   )  # fmt: skip
+
+
+def _control(runs: pathlib.Path, seed: int) -> Job:
+  """Fine-tuning that goes on for as long as reinforcement learning took.
+
+  The time of both is that of their steps, of GRPO's with drawing, painting and
+  rewards in it. The rate falls over the whole of it, as in the stage `sft`.
+  """
+  step = statistics.median(_step_seconds(runs / "sft"))
+  steps = max(1, round(sum(_step_seconds(runs / "grpo")) / step))
+  job = _stage("sft", False, seed + _CONTROL_SEED)
+  return Job(
+    "control",
+    (
+      *(a for a in job.argv if "workdir" not in a and "init.model" not in a),
+      "--workdir=runs/control",
+      "--config.init.model=runs/sft/model",
+      # Drawing is compared, not answering; a phase has a step at least.
+      "--config.phases.1_answer.steps=1",
+      "--config.phases.1_answer.warmup_steps=0",
+      f"--config.phases.2_all.steps={steps}",
+    ),
+    "control/model",
+  )
+
+
+def _step_seconds(run: pathlib.Path) -> list[float]:
+  """Of each step of a run; those between two lines of its log are alike."""
+  found, before = [], 0
+  for line in (run / "metrics.jsonl").read_text().splitlines():
+    row = json.loads(line)
+    if "time/step_seconds" in row:
+      found += [row["time/step_seconds"]] * (row["step"] - before)
+      before = row["step"]
+  return found
 
 
 def _stage(stage: str, quick: bool, seed: int) -> Job:

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+from PIL import Image
+
 from tests.train_runs import ROOT
 
 
@@ -20,10 +22,12 @@ def test_demo_page_holds_every_part(tmp_path):
     text=True,
     check=True,
   )
-  assert re.search(r"reward 0\.\d\d before, 0\.\d\d after", done.stdout)
+  assert re.search(r"reward 0\.\d{3} before, 0\.\d{3} after", done.stdout)
   page = (tmp_path / "index.html").read_text()
-  # Codes and three images of each prompt, the curves, six signs.
-  assert page.count("<img") == 4 * 17 + 1 + 6
+  # Codes and three images of each prompt, the curves, six images asked about.
+  assert page.count("<img") == 4 * (12 + 6 + 1) + 1 + 6
   assert "says &quot;HELLO&quot; &amp; more." in page
+  with Image.open(tmp_path / "drawings.png") as drawings:
+    assert drawings.width > 6 * 128  # posters are 128 px wide
   for heading in ("Signs that", "Reinforcement", "Answers", "What", "Timings"):
     assert f"<h2>{heading}" in page

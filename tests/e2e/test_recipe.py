@@ -1,10 +1,10 @@
 """The recipe: every stage learns the drawn world and the next goes on from it.
 
-Figures are of held-out signs, with words that no training sign shows. The
-quick form gives every stage about a minute; `-m slow` runs the configs as they
-stand, most of an hour on 2 CPU cores. Given another sign's codes, a language
-model as good as the tokenizer's gets 0.51 of the answers' tokens: what is in
-every caption, and the ends of answers.
+Figures are of held-out signs and posters, with words that no training image
+shows. The quick form gives every stage about a minute; `-m slow` runs the
+configs as they stand, an hour or more on 2 CPU cores. Given another sign's
+codes, a language model as good as the tokenizer's gets 0.51 of the answers'
+tokens: what is in every caption, and the ends of answers.
 """
 
 import json
@@ -74,14 +74,14 @@ def held_out(runs, stage):
 def test_vae_rebuilds_signs(recipe):
   level, runs = recipe
   metrics = held_out(runs, "vae")
-  assert metrics["psnr_db"] > {"quick": 18.0, "whole": 31.0}[level]
+  assert metrics["psnr_db"] > {"quick": 18.0, "whole": 37.0}[level]
 
 
 def test_tokenizer_reads_through_its_codes(recipe):
   level, runs = recipe
   metrics = held_out(runs, "tokenizer")
   quick = level == "quick"
-  assert metrics["answer_accuracy"] > (0.58 if quick else 0.98)
+  assert metrics["answer_accuracy"] > (0.58 if quick else 0.88)
   # Of 512, in a batch of 576 cells.
   assert metrics["vq/codes_used"] > (60 if quick else 100)
 
@@ -96,7 +96,7 @@ def test_pretraining_predicts_codes_of_unseen_signs(recipe):
 def test_sft_keeps_what_pretraining_learned(recipe):
   level, runs = recipe
   metrics = held_out(runs, "sft")
-  assert metrics["image_loss"] < {"quick": 0.9, "whole": 0.08}[level]
+  assert metrics["image_loss"] < {"quick": 0.9, "whole": 0.06}[level]
 
 
 def test_decoder_paints_codes(recipe):

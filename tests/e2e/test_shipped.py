@@ -11,6 +11,7 @@ import xomni_jax
 from tests.train_runs import ROOT
 from xomni_jax import cli
 from xomni_jax.data import prompts
+from xomni_jax.evals import answers, measure
 from xomni_jax.inference import shipped
 from xomni_jax.rewards import ocr, wire
 
@@ -24,20 +25,41 @@ def model(request):
   return request.param, xomni_jax.load(request.param)
 
 
-def test_shipped_models_write_words_they_never_saw(model):
+@pytest.fixture(scope="module")
+def score():
+  """OCR of signs and posters, whose letters stand far apart."""
+  return ocr.make_scorer(ocr.open_engine("rapidocr", 2), spaces=False)
+
+
+def _scores(model, score, level, count):
+  known = prompts.open_prompts(f"world:{level}:test")
+  asked = [known[i] for i in range(count)]
+  size = asked[0].size or SIZE
+  made = model.generate([p.text for p in asked], size, seed=0, batch_size=count)
+  items = [
+    wire.Item(p.key, np.asarray(image), p.text, p.targets, p.lang)
+    for p, image in zip(asked, made.images, strict=True)
+  ]
+  return np.array([s.score for s in score(items)])
+
+
+def test_shipped_models_write_words_they_never_saw(model, score):
   name, model = model
-  known = prompts.open_prompts("world:signs:test")
-  asked = [known[i] for i in range(COUNT)]
-  made = model.generate([p.text for p in asked], SIZE, seed=0, batch_size=COUNT)
-  score = ocr.make_scorer(ocr.open_engine("rapidocr"), spaces=False)
-  scores = score(
-    [
-      wire.Item(p.key, np.asarray(image), p.text, p.targets, p.lang)
-      for p, image in zip(asked, made.images, strict=True)
-    ]
-  )
-  exact = np.mean([s.score == 1 for s in scores])
+  exact = np.mean(_scores(model, score, "signs", COUNT) == 1)
   assert exact > {"tiny": 0.8, "tiny-sft": 0.75}[name]
+
+
+def test_shipped_models_write_posters(model, score):
+  _, model = model
+  assert np.mean(_scores(model, score, "posters", 16)) > 0.93
+
+
+def test_shipped_models_answer_about_words_they_never_saw(model):
+  _, model = model
+  with measure.progress(COUNT) as bar:
+    found = answers.measure(model, "world:signs:test", COUNT, COUNT, bar)
+  assert found["What does it say?"].mean() > 0.9
+  assert found["What colour is it?"].mean() > 0.95
 
 
 def test_shipped_models_share_what_rl_does_not_touch():

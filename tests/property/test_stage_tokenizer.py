@@ -45,13 +45,17 @@ def sizes():
 
 def config(**options):
   settings = configure.read("configs/tokenizer.py:tiny")
-  phase = settings.phases["1_all"]
+  del settings.phases["1_signs"]
+  phase = settings.phases["2_all"]
   phase.steps, phase.warmup_steps = 5, 0
   settings.global_batch = BATCH
+  settings.data.sources = settings.data.sources[:1]  # signs
+  settings.eval_data.sources = settings.eval_data.sources[:1]
   settings.checkpoint.every = 5
   settings.report.eval_every, settings.report.eval_batches = 5, 1
   settings.report.preview_every, settings.report.log_every = 5, 1
   for name, value in {
+    "grids": ((6, 6),),
     "quantise_from": 2,
     "kmeans_batches": 2,
     "revive_every": 2,

@@ -208,10 +208,12 @@ def questions(poster: Poster) -> list[list[str]]:
   where = str(poster.beside_line) if poster.beside else "none"
   pairs = [
     ["What does the poster say?", poster.text],
+    ["What does it say?", poster.text],
     ["How many lines does the poster have?", str(len(lines))],
     ["Which colour is the text?", poster.colour],
     ["Which colour is the first line?", poster.title],
     ["Which colour is the board?", poster.board],
+    ["What colour is it?", poster.board],
     ["Which shape is below the text?", poster.below or "none"],
     ["Which shape is beside the text?", poster.beside or "none"],
     ["Which line is the shape beside?", where],

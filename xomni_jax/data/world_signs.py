@@ -141,9 +141,11 @@ def questions(sign: Sign) -> list[list[str]]:
   spelled = " / ".join(" ".join(word) for word in sign.words)
   pairs = [
     ["What does the sign say?", sign.text],
+    ["What does it say?", sign.text],
     ["Spell the text.", spelled],
     ["Which colour is the text?", sign.colour],
     ["Which colour is the board?", sign.board],
+    ["What colour is it?", sign.board],
     ["Which shape is on the sign?", sign.shape or "none"],
     ["How many characters does the text have?", str(len(text))],
   ]

@@ -12,7 +12,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem;
        max-width: 64rem; color: #222; background: #fff; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; }
 .grid { display: grid; gap: 1rem 1.2rem;
-        grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+        grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); }
 .wide { grid-template-columns: 1fr; }
 figure { margin: 0; } .row { display: flex; gap: .3rem; }
 img { width: 100%; min-width: 0; image-rendering: pixelated; }
@@ -63,12 +63,12 @@ def text(value: str, good: bool | None = None) -> str:
   return f'<span class="{"good" if good else "bad"}">{escaped}</span>'
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
   """A table whose columns but the first are right-aligned."""
 
   def cells(tag, row):
     return "".join(
-      f"<{tag}{' class=number' if i else ''}>{html.escape(x)}</{tag}>"
+      f"<{tag}{' class=number' if i else ''}>{html.escape(str(x))}</{tag}>"
       for i, x in enumerate(row)
     )
 

@@ -6,6 +6,7 @@ or from a folder of which some parts were trained (`replace_parts`,
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import shutil
@@ -38,7 +39,7 @@ Params = Mapping[str, Any]
 
 FLUX_SCHEDULER = SchedulerConfig(256, 4096, 0.5, 1.15)  # FLUX.1-dev's
 # Of the drawn world a tokenizer sees; more lines change no merge that matters.
-_SIGNS = 400
+_LINES = {"signs": 400, "posters": 200}
 
 
 def write_fresh(
@@ -67,7 +68,10 @@ def write_fresh(
       folder that exists.
   """
   check_fit(arch, decoder)
-  lines = list(build_tokenizers.world_lines(_SIGNS) if lines is None else lines)
+  if lines is None:
+    world = (build_tokenizers.world_lines(n, k) for k, n in _LINES.items())
+    lines = itertools.chain.from_iterable(world)
+  lines = list(lines)
   given = dict(params or {})
   drawn = [part for part in PARTS if part not in given]
   params = given | random_params(arch, key, drawn)
