@@ -29,6 +29,7 @@ PARTS = {
   "wait for rewards": "time/reward_wait_seconds",
 }
 UPDATE, STEP = "update", "whole step"
+_SIGNS = ({"path": "world:signs:train", "task": "prompt"},)
 _WARM_UP = 2  # steps that compile
 
 
@@ -62,6 +63,8 @@ def _parts(config, overlap, repeats, text_len) -> dict[str, float]:
   configure.override(
     config,
     [
+      # Steps of one size have one duration.
+      f"data.sources={_SIGNS!r}",
       f"options.overlap={overlap}",
       f"phases.1_all.steps={steps + overlap}",
       "phases.1_all.warmup_steps=0",

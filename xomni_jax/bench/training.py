@@ -1,9 +1,9 @@
 """The training step: packed rows beside padded ones, JAX beside PyTorch.
 
 The step is that of `configs/pretrain.py:tiny`, in float32 on the CPU, with all
-parameters training. The samples are signs of the drawn world as the stage
-reads them, but with random codes, as there is no tokenizer to ask. Speeds count
-tokens of samples only: padding is no work that anyone wants.
+parameters training, by AdamW. The samples are signs of the drawn world as the
+stage reads them, but with random codes, as there is no tokenizer to ask. Speeds
+count tokens of samples only: padding is no work that anyone wants.
 """
 
 import dataclasses
@@ -168,6 +168,8 @@ def compare(
   Raises:
     RuntimeError: the losses differ, so that a ratio would mean nothing.
   """
+  # PyTorch's side has AdamW alone.
+  cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, muon=()))
   missing = measure.absent("torch", "transformers")
   if not missing:
     import torch
