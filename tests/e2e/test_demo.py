@@ -29,5 +29,5 @@ def test_demo_page_holds_every_part(tmp_path):
   assert "says &quot;HELLO&quot; &amp; more." in page
   with Image.open(tmp_path / "drawings.png") as drawings:
     assert drawings.width > 6 * 128  # posters are 128 px wide
-  for heading in ("Signs that", "Reinforcement", "Answers", "What", "Timings"):
+  for heading in ("Signs and", "Reinforcement", "Answers", "What", "Timings"):
     assert f"<h2>{heading}" in page

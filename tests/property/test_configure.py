@@ -63,14 +63,14 @@ def test_overrides_change_what_is_there():
       "optim.lr=3e-4",
       "global_batch=16",
       "init.model=/a=b",
-      "phases.2_all.steps=70",
+      "phases.4_all.steps=70",
       "report.profile=(3, 5)",
       "optim.weight_decay=0",
     ],
   )
   cfg, _ = configure.parse(config, "pretrain")
   assert cfg.optim.lr == 3e-4 and cfg.global_batch == 16
-  assert cfg.init.model == "/a=b" and cfg.phases[1].steps == 70
+  assert cfg.init.model == "/a=b" and cfg.phases[3].steps == 70
   assert cfg.report.profile == (3, 5) and cfg.optim.weight_decay == 0.0
 
 
@@ -83,7 +83,7 @@ def test_overrides_reach_what_a_section_leaves_at_its_default():
       "report.profile=(3, 5)",
       "mesh.fsdp=-1",
       "optim.eps=1e-6",
-      "phases.1_all.lr_scale=2",
+      "phases.1_signs.lr_scale=2",
       "eval_data.max_bad_rate=0.5",
     ],
   )
@@ -134,8 +134,8 @@ def change(path, value):
     ("optim.speed", 3, "speed is unknown"),
     ("optim.lr", -1.0, "lr is -1.0, expected above 0"),
     ("data.sources", (), "sources is empty"),
-    ("phases.2_all.train", ("ar/(",), "no expression"),
-    ("phases.2_all.decay", "slowly", "expected one of constant"),
+    ("phases.4_all.train", ("ar/(",), "no expression"),
+    ("phases.4_all.decay", "slowly", "expected one of constant"),
     ("phases", {}, "phases is empty"),
     ("global_batch", 0, "global_batch is 0"),
     ("compute.remat", "some", "expected 'none', 'full' or 'dots'"),
@@ -149,7 +149,7 @@ def test_bad_settings_are_refused_on_one_line(path, value, says):
 
 
 def test_expressions_that_match_nothing_are_refused():
-  config = change("phases.2_all.train", ("ar/lmm/",))
+  config = change("phases.4_all.train", ("ar/lmm/",))
   cfg, arch = configure.parse(config, "config")
   program = build.program(cfg, arch, config)
   with pytest.raises(InputError, match="'ar/lmm/' matches no parameter"):
@@ -158,11 +158,11 @@ def test_expressions_that_match_nothing_are_refused():
 
 def test_phase_of_a_step_is_known_from_the_config():
   cfg, _ = configure.parse(read("pretrain"), "config")
-  a, b, c = (p.steps for p in cfg.phases)
-  assert cfg.steps == a + b + c
-  assert cfg.phase_at(0) == (0, 0) and cfg.phase_at(a - 1) == (0, 0)
-  assert cfg.phase_at(a) == (1, a)
-  assert cfg.phase_at(cfg.steps - 1) == (2, a + b)
+  first, *_, last = (p.steps for p in cfg.phases)
+  assert cfg.steps == sum(p.steps for p in cfg.phases)
+  assert cfg.phase_at(0) == (0, 0) and cfg.phase_at(first - 1) == (0, 0)
+  assert cfg.phase_at(first) == (1, first)
+  assert cfg.phase_at(cfg.steps - 1) == (len(cfg.phases) - 1, cfg.steps - last)
 
 
 def test_one_mesh_axis_takes_what_is_left():
