@@ -44,11 +44,13 @@ _QUICK = {
     "phases.2_whole.warmup_steps=0",
   ),
   "tokenizer": (
-    "phases.1_signs.steps=290",
-    "phases.2_all.steps=60",
-    "phases.2_all.warmup_steps=10",
+    # Posters take longer: of them it only sees that they go through.
+    "phases.1_signs.steps=340",
+    "phases.2_all.steps=10",
+    "phases.2_all.warmup_steps=5",
+    "eval_data.sources=({'path': 'world:signs:held-out', 'task': 'image'},)",
     "options.quantise_from=150",
-    "options.revive_until=270",
+    "options.revive_until=300",
   ),
   "pretrain": (
     "phases.1_vision.steps=40",
