@@ -163,8 +163,8 @@ def _tiny():
         "train": ("ar/",),
         "data": {**data, "sources": drawing},
       },
-      "4_all": {"steps": 1500, "train": ("ar/",)},
-      "5_anneal": {"steps": 600, "train": ("ar/",), "decay": "linear"},
+      "4_all": {"steps": 1000, "train": ("ar/",)},
+      "5_anneal": {"steps": 500, "train": ("ar/",), "decay": "linear"},
     },
     "data": {**data, "sources": mixture},
     "eval_data": {

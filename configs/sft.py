@@ -56,9 +56,11 @@ def _tiny():
     config,
     (
       _source(f"{codes}/signs/train", "generate", 0.4),
-      _source(f"{codes}/signs/train", "chat", 0.25),
+      _source(f"{codes}/signs/train", "chat", 0.2),
+      # Captions too: without them they are forgotten.
+      _source(f"{codes}/signs/train", "image_to_text", 0.08),
       _source(f"{codes}/posters/train", "generate", 0.2),
-      _source(f"{codes}/posters/train", "chat", 0.15),
+      _source(f"{codes}/posters/train", "chat", 0.12),
     ),
     (
       _source(f"{codes}/signs/held-out", "generate", 0.5),

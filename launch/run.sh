@@ -119,7 +119,8 @@ case $verb in
   test)
     lint
     # By file: the tests of a file share what they compiled.
-    exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+    exec "$venv/bin/python" -m pytest -n auto --maxprocesses 4 \
+      --dist loadfile --no-loadscope-reorder "$@"
     ;;
   eval)
     case ${1:-} in best-of-n | cfg) judge ;; esac

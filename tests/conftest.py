@@ -31,6 +31,11 @@ def pytest_addoption(parser):
   )
 
 
+def pytest_collection_modifyitems(items):
+  # It takes longest: started last, it would be run alone.
+  items.sort(key=lambda item: item.path.name != "test_recipe.py")
+
+
 def pytest_terminal_summary(terminalreporter, config):
   if config.getoption("parity_table"):
     terminalreporter.write_line(helpers.parity_table())

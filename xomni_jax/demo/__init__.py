@@ -32,7 +32,6 @@ _LEVELS = {"signs": (72, 12, 4), "posters": (24, 6, 2)}
 # Of RL, and of what is drawn before and after it: at 1 too few images err for
 # a few minutes to show.
 _STEPS, _HOT = 40, 1.4
-_SIGNS = ({"path": "world:signs:train", "task": "prompt"},)
 _QUESTIONS = ("What does it say?", "What colour is it?")
 
 
@@ -194,8 +193,6 @@ def learn(workdir: pathlib.Path, steps: int) -> None:
   settings = (
     "init.model=tiny-sft",
     "init.flux=tiny-sft",
-    # Signs alone, which are painted and read in a third of a poster's time.
-    f"data.sources={_SIGNS!r}",
     f"phases.1_all.steps={steps}",
     f"phases.1_all.warmup_steps={min(5, steps // 2)}",
     "report.eval_every=0",
