@@ -23,8 +23,8 @@ _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 _LOG = "recipe.log"
 # Of images that become codes, of each level: {split: (whole, quick)}.
 _CODES = {
-  "signs": {"train": (24_000, 2_400), "held-out": (1_000, 200)},
-  "posters": {"train": (12_000, 1_200), "held-out": (500, 100)},
+  "signs": {"train": (24_000, 1_200), "held-out": (1_000, 100)},
+  "posters": {"train": (12_000, 300), "held-out": (500, 50)},
 }
 _SHARD = 1024
 # Where a stage starts: {setting: what another stage left}.
@@ -39,7 +39,7 @@ _STARTS = {
 # {stage: settings} that make it a try of about a minute.
 _QUICK = {
   "vae": (
-    "phases.1_crops.steps=330",
+    "phases.1_crops.steps=280",
     "phases.2_whole.steps=20",
     "phases.2_whole.warmup_steps=0",
   ),
@@ -53,16 +53,17 @@ _QUICK = {
     "options.revive_until=300",
   ),
   "pretrain": (
-    "phases.1_vision.steps=40",
-    "phases.2_read.steps=60",
-    "phases.3_draw.steps=60",
-    "phases.4_all.steps=50",
+    "phases.1_vision.steps=30",
+    "phases.2_read.steps=20",
+    "phases.3_draw.steps=100",
+    "phases.4_all.steps=30",
     "phases.5_anneal.steps=30",
   ),
-  "sft": ("phases.1_answer.steps=20", "phases.2_all.steps=30"),
-  "decoder": ("phases.1_all.steps=220",),
+  "sft": ("phases.1_answer.steps=10", "phases.2_all.steps=30"),
+  "decoder": ("phases.1_all.steps=180",),
   "grpo": ("phases.1_all.steps=2", "phases.1_all.warmup_steps=0"),
 }
+_RL = ("grpo",)  # what --base leaves to be trained
 _CONTROL_SEED = 1000  # added: other records, in another order, than before
 _POLL = 0.5  # s
 _SAY = 30.0  # s between lines where there is no terminal
@@ -108,6 +109,12 @@ def main(argv: list[str]) -> int:
     help="at the end also fine-tune on for as long as reinforcement learning "
     "took: what that is compared with",
   )
+  parser.add_argument(
+    "--base",
+    metavar="RUNS",
+    help="runs/ of a recipe that is done: its models before reinforcement "
+    "learning are taken, and only what comes after is trained",
+  )
   args = parser.parse_args(argv)
   if not _CONFIGS.is_dir():
     raise InputError(
@@ -115,27 +122,52 @@ def main(argv: list[str]) -> int:
       "repository, whose configs/ it follows"
     )
   out = pathlib.Path(args.out).resolve()
+  base = pathlib.Path(args.base).resolve() if args.base else out / "runs"
+  if args.base:
+    _check_base(base)
   (out / "runs").mkdir(parents=True, exist_ok=True)
+  codes = out / "runs" / "codes"
+  if args.base and not codes.exists():
+    codes.symlink_to(base / "codes")  # which configs name as runs/codes
   # A stop asked for politely reaches the stage, which saves.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   start = time.monotonic()
-  todo = jobs(args.quick, args.seed)
+  todo = jobs(args.quick, args.seed, base if args.base else None)
   count = len(todo) + args.control
   for i, job in enumerate(todo, 1):
     if not (out / "runs" / job.leaves).exists():
       run(job, out, f"[{i}/{count}]", start)
   made = out / "runs" / "tiny"
   if not made.exists():
-    assemble(out / "runs", made)
+    assemble(base, out / "runs" / "grpo" / "model", made)
   if args.control and not (out / "runs" / "control" / "model").exists():
-    run(_control(out / "runs", args.seed), out, f"[{count}/{count}]", start)
+    job = _control(base, out / "runs" / "grpo", args.seed)
+    run(job, out, f"[{count}/{count}]", start)
   minutes, seconds = divmod(round(time.monotonic() - start), 60)
   print(f"{made}: the model; {minutes} min {seconds:02d} s")
   return 0
 
 
-def jobs(quick: bool, seed: int) -> list[Job]:
-  """What is run, in order."""
+def _check_base(base):
+  """Raises InputError where reinforcement learning has nothing to start from."""
+  for left in ("codes", *_STARTS["grpo"].values()):
+    if not (base / left).is_dir():
+      raise InputError(
+        f"--base {base} has no {left}, expected the runs/ of a recipe that is "
+        "done as far as reinforcement learning; let `xomni recipe` make it"
+      )
+
+
+def jobs(
+  quick: bool, seed: int, base: pathlib.Path | None = None
+) -> list[Job]:
+  """What is run, in order.
+
+  Args:
+    base: runs/ whose models before reinforcement learning are taken.
+  """
+  if base:
+    return [_stage(stage, quick, seed, base) for stage in _RL]
   found = []
   for stage in _STARTS:
     if stage == "pretrain":
@@ -161,21 +193,25 @@ def _codes(level: str, split: str, count: int) -> Job:
   )  # fmt: skip
 
 
-def _control(runs: pathlib.Path, seed: int) -> Job:
+def _control(base: pathlib.Path, rl: pathlib.Path, seed: int) -> Job:
   """Fine-tuning that goes on for as long as reinforcement learning took.
 
   The time of both is that of their steps, of GRPO's with drawing, painting and
   rewards in it. The rate falls over the whole of it, as in the stage `sft`.
+
+  Args:
+    base: runs/ with the models that both start from.
+    rl: reinforcement learning's run.
   """
-  step = statistics.median(_step_seconds(runs / "sft"))
-  steps = max(1, round(sum(_step_seconds(runs / "grpo")) / step))
+  step = statistics.median(_step_seconds(base / "sft"))
+  steps = max(1, round(sum(_step_seconds(rl)) / step))
   job = _stage("sft", False, seed + _CONTROL_SEED)
   return Job(
     "control",
     (
       *(a for a in job.argv if "workdir" not in a and "init.model" not in a),
       "--workdir=runs/control",
-      "--config.init.model=runs/sft/model",
+      f"--config.init.model={base}/sft/model",
       # Drawing is compared, not answering; a phase has a step at least.
       "--config.phases.1_answer.steps=1",
       "--config.phases.1_answer.warmup_steps=0",
@@ -196,8 +232,10 @@ def _step_seconds(run: pathlib.Path) -> list[float]:
   return found
 
 
-def _stage(stage: str, quick: bool, seed: int) -> Job:
-  settings = [f"init.{n}=runs/{left}" for n, left in _STARTS[stage].items()]
+def _stage(
+  stage: str, quick: bool, seed: int, base: pathlib.Path | str = "runs"
+) -> Job:
+  settings = [f"init.{n}={base}/{left}" for n, left in _STARTS[stage].items()]
   settings.append(f"seed={seed}")
   if quick:
     steps = [s for s in _QUICK[stage] if ".steps=" in s]
@@ -280,11 +318,14 @@ def _last_line(log, seen):
   return next((line for line in reversed(lines) if line), "starting")
 
 
-def assemble(runs: pathlib.Path, out: pathlib.Path) -> None:
+def assemble(
+  runs: pathlib.Path, model: pathlib.Path, out: pathlib.Path
+) -> None:
   """Puts what the stages left together, as the package has it, in bfloat16.
 
   Args:
     runs: folder of the stages' folders.
+    model: what reinforcement learning left.
     out: a new folder; see inference/shipped.py.
   """
   from xomni_jax.checkpoints import released
@@ -299,9 +340,7 @@ def assemble(runs: pathlib.Path, out: pathlib.Path) -> None:
   }
   before = checkpoint.open_checkpoint(runs / "sft" / "model")
   with released.staged(out) as folder:
-    checkpoint.export(
-      runs / "grpo" / "model", folder / shipped.MODEL, dtype, "safetensors"
-    )
+    checkpoint.export(model, folder / shipped.MODEL, dtype, "safetensors")
     fresh.replace_flux1(
       opened.folder, folder / shipped.FLUX1, parts, dtype=dtype
     )

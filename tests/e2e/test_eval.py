@@ -108,6 +108,32 @@ def test_measurement_that_is_complete_draws_nothing(
   assert "another measurement (models " in err and len(err.splitlines()) == 1
 
 
+def test_rows_and_sheets_of_the_same_model_are_reused(
+  measured, folders, tmp_path, monkeypatch
+):
+  """Another RL model, here SFT's: nothing of SFT is drawn again."""
+  drawn = []
+  real = command._Bench._drawer
+  spy = lambda self, name: drawn.append(name) or real(self, name)
+  monkeypatch.setattr(command._Bench, "_drawer", spy)
+  models = folders | {"rl": folders["sft"]}
+  out = tmp_path / "seed1"
+  more = ["--n", "1,2", "--reuse", str(measured)]
+  assert cli.main(_argv("best-of-n", models, out, *more)) == 0
+  assert set(drawn) == {"rl"}
+  before, after = (
+    json.loads((f / "best-of-n.json").read_text())["scores"]
+    for f in (measured, out)
+  )
+  for engine, metrics in after.items():
+    for metric, lines in metrics.items():
+      for line, found in lines.items():
+        if line != "rl T=1":
+          assert found == before[engine][metric][line]
+  sheet = "sheets/best-of-n/sft-greedy.png"
+  assert (out / sheet).read_bytes() == (measured / sheet).read_bytes()
+
+
 @pytest.mark.slow
 def test_measurement_that_is_killed_goes_on_to_the_same_figures(
   measured, folders, tmp_path

@@ -3,6 +3,7 @@
 Drawing and reading are stand-ins here: an image is its key's numbers.
 """
 
+import contextlib
 import json
 
 import numpy as np
@@ -167,6 +168,27 @@ def test_rows_of_another_measurement_are_refused(tmp_path):
     assert next(iter(change)) in str(error.value)
     assert "new --out" in str(error.value)
   assert len(path.read_text().splitlines()) == 1
+
+
+def test_rows_of_the_same_models_are_taken_over(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  mine = IDENTITY | {"models": {"sft": "a1", "rl": "b2"}}
+  theirs = IDENTITY | {"models": {"sft": "a1", "rl": "c3", "control": "d4"}}
+  found = {Key("sft T=1", 0, 0): {"rapidocr": {"text": "A", "score": 1.0}}}
+  with contextlib.closing(Rows(path, theirs)) as file:
+    file.add(found.items())
+  there = rows.reusable(path, mine)
+  assert there.rows == found
+  assert there.models == {"", "sft"}  # of no model: true drawings
+
+
+def test_rows_of_other_prompts_are_not_taken_over(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  with pytest.raises(InputError, match="can't be read"):
+    rows.reusable(path, IDENTITY | {"models": {}})
+  Rows(path, IDENTITY | {"models": {}}).close()
+  with pytest.raises(InputError, match="seed is 0, here it is 1"):
+    rows.reusable(path, IDENTITY | {"models": {}, "seed": 1})
 
 
 @pytest.mark.parametrize("text", ['{"step": 1}\n', "[1]\n", "no JSON\n"])

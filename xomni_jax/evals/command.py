@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -123,6 +124,13 @@ def _measure_flags(parser):
   add("--batch", type=int, default=64, help="images drawn at once")
   add("--out", required=True, metavar="DIR", help="rows, sheets and figures")
   add(
+    "--reuse",
+    metavar="DIR",
+    type=pathlib.Path,
+    help="an earlier --out: rows of the same models are taken from it, such "
+    "as SFT's where only RL is another",
+  )
+  add(
     "--readers",
     type=int,
     default=os.cpu_count(),
@@ -222,6 +230,7 @@ class _Bench(contextlib.ExitStack):
     self._drawers: dict[str, Any] = {}
     self._seconds: dict[str, float] = {}
     self._images = 0
+    self._there: rows.Reusable | None = None
 
   def ask(self, split: str, source: str, count: int) -> list[asked.Asked]:
     """Prompts, which become part of the identity."""
@@ -254,11 +263,15 @@ class _Bench(contextlib.ExitStack):
     }
     self.rows = rows.Rows(_rows_path(self._out, self._name), self.identity)
     self.callback(self.rows.close)
+    if args.reuse:
+      other = _rows_path(args.reuse, self._name)
+      self._there = rows.reusable(other, self.identity)
     for split, some in self._prompts.items():
       rows.write_prompts(_prompts_path(self._out, self._name, split), some)
 
   def measure(self, settings, prompts) -> None:
     """Makes the rows that are missing."""
+    self._take(settings)
     before = len(self.rows.found)
     measure.run(
       settings,
@@ -270,6 +283,23 @@ class _Bench(contextlib.ExitStack):
       folder=self._out / "sheets" / self._name,
     )
     self._images += len(self.rows.found) - before
+
+  def _take(self, settings):
+    """Takes what is reused, sheets too: without one, its images are redrawn."""
+    if self._there is None:
+      return
+    same = [s for s in settings if s.model in self._there.models]
+    names = {s.name for s in same}
+    found = self._there.rows.items()
+    self.rows.add((key, read) for key, read in found if key.setting in names)
+    for setting in same:
+      there, here = (
+        measure.sheet_path(out / "sheets" / self._name, setting)
+        for out in (self._args.reuse, self._out)
+      )
+      if there.exists() and not here.exists():
+        here.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(there, here)
 
   def _drawer(self, name: str):
     """The drawer of a model; one is in memory at a time."""

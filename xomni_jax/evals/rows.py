@@ -99,6 +99,42 @@ def read_rows(path: pathlib.Path) -> tuple[dict, dict[Key, Readings]]:
   return identity, rows
 
 
+class Reusable(NamedTuple):
+  """Rows of another measurement.
+
+  Attributes:
+    rows: all of them.
+    models: names of the models that are the same, "" (none at all) included.
+  """
+
+  rows: Mapping[Key, Readings]
+  models: frozenset[str]
+
+
+def reusable(path: pathlib.Path, identity: Mapping[str, Any]) -> Reusable:
+  """Rows of a measurement that differs in models only.
+
+  Args:
+    identity: of the measurement that they are for.
+  Raises:
+    InputError: the file can't be read, or it differs in more.
+  """
+  there, found = read_rows(path)
+  identity = json.loads(json.dumps(identity))
+  names = (there.keys() | identity.keys()) - {*_FREE, "models"}
+  for key in sorted(names):
+    a, b = there.get(key), identity.get(key)
+    if a != b:
+      raise InputError(
+        f"--reuse: in {path} {key} is {json.dumps(a)}, here it is "
+        f"{json.dumps(b)}; expected the same of all but the models"
+      )
+  ours = identity["models"]
+  theirs = there.get("models", {})
+  same = {m for m, digest in theirs.items() if ours.get(m) == digest}
+  return Reusable(found, frozenset({"", *same}))
+
+
 def write_prompts(path: pathlib.Path, asked: Sequence[Asked]) -> None:
   """Keeps what was asked beside the rows, so that they can be scored alone."""
   lines = [json.dumps(asked_lib.as_json(a)) + "\n" for a in asked]
