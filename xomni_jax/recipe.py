@@ -149,7 +149,7 @@ def main(argv: list[str]) -> int:
 
 
 def _check_base(base):
-  """Raises InputError where reinforcement learning has nothing to start from."""
+  """Raises InputError where what comes after has nothing to start from."""
   for left in ("codes", *_STARTS["grpo"].values()):
     if not (base / left).is_dir():
       raise InputError(
@@ -158,9 +158,7 @@ def _check_base(base):
       )
 
 
-def jobs(
-  quick: bool, seed: int, base: pathlib.Path | None = None
-) -> list[Job]:
+def jobs(quick: bool, seed: int, base: pathlib.Path | None = None) -> list[Job]:
   """What is run, in order.
 
   Args:
