@@ -5,7 +5,7 @@
 
 paints signs of the drawn world from the codes of a tokenizer and in the latents
 of an autoencoder (configs/tokenizer.py, configs/vae.py); its text encoders
-learn with it and lie in runs/decoder/flux1: about 10 minutes on 2 CPU cores.
+learn with it and lie in runs/decoder/flux1: about 12 minutes on 2 CPU cores.
 
   xomni train --config=configs/decoder.py:7b --workdir=/mnt/runs/decoder \
     --config.init.model=X-Omni --config.init.flux=FLUX.1-dev
@@ -108,7 +108,7 @@ def _tiny():
     "global_batch": 16,
     "phases": {
       "1_all": {
-        "steps": 1500,
+        "steps": 1300,
         # Nothing here was trained before, text encoders included.
         "train": ("flux/", "clip/", "t5/"),
         "warmup_steps": 50,

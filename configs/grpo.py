@@ -136,7 +136,7 @@ def _tiny():
     "global_batch": 64,  # 8 prompts of 8
     "phases": {
       "1_all": {
-        "steps": 60,
+        "steps": 50,
         "train": ("ar/",),
         "warmup_steps": 5,
         "decay": "linear",

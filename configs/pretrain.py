@@ -3,8 +3,8 @@
   xomni train --config=configs/pretrain.py:tiny --workdir=runs/pretrain \
     --config.init.model=runs/tokenizer/model
 
-learns to draw signs from the codes of a tokenizer (configs/tokenizer.py) that
-`xomni tokenize-dataset` made: 10 minutes on 2 CPU cores.
+learns to draw and read signs and posters from the codes of a tokenizer (configs/tokenizer.py) that
+`xomni tokenize-dataset` made: a quarter of an hour on 2 CPU cores.
 
   xomni train --config=configs/pretrain.py:7b --workdir=/mnt/runs/pretrain \
     --config.init.model=X-Omni --config.init.qwen=Qwen/Qwen2.5-7B
@@ -163,8 +163,8 @@ def _tiny():
         "train": ("ar/",),
         "data": {**data, "sources": drawing},
       },
-      "4_all": {"steps": 1000, "train": ("ar/",)},
-      "5_anneal": {"steps": 500, "train": ("ar/",), "decay": "linear"},
+      "4_all": {"steps": 700, "train": ("ar/",)},
+      "5_anneal": {"steps": 400, "train": ("ar/",), "decay": "linear"},
     },
     "data": {**data, "sources": mixture},
     "eval_data": {

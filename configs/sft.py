@@ -3,7 +3,7 @@
   xomni train --config=configs/sft.py:tiny --workdir=runs/sft \
     --config.init.model=runs/pretrain/model
 
-goes on from configs/pretrain.py:tiny and its data: about 2 minutes on 2 CPU
+goes on from configs/pretrain.py:tiny and its data: about 6 minutes on 2 CPU
 cores.
 
   xomni train --config=configs/sft.py:7b --workdir=/mnt/runs/sft \
@@ -79,7 +79,7 @@ def _tiny():
       "warmup_steps": 20,
       "data": {**config["data"], "sources": answers},
     },
-    "2_all": {"steps": 600, "train": ("ar/",), "decay": "linear"},
+    "2_all": {"steps": 500, "train": ("ar/",), "decay": "linear"},
   }
   config["optim"]["lr"] = 1e-3
   return config

@@ -2,7 +2,7 @@
 
   xomni train --config=configs/tokenizer.py:tiny --workdir=runs/tokenizer
 
-draws its data and starts from random weights: 9 minutes on 2 CPU cores.
+draws its data and starts from random weights: 8 minutes on 2 CPU cores.
 
   xomni train --config=configs/tokenizer.py:7b --workdir=gs://bucket/tokenizer \
     --config.init.model=X-Omni --config.init.qwen=Qwen/Qwen2.5-1.5B

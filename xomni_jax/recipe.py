@@ -23,8 +23,8 @@ _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 _LOG = "recipe.log"
 # Of images that become codes, of each level: {split: (whole, quick)}.
 _CODES = {
-  "signs": {"train": (24_000, 1_200), "held-out": (1_000, 100)},
-  "posters": {"train": (12_000, 300), "held-out": (500, 50)},
+  "signs": {"train": (20_000, 1_200), "held-out": (1_000, 100)},
+  "posters": {"train": (10_000, 300), "held-out": (500, 50)},
 }
 _SHARD = 1024
 # Where a stage starts: {setting: what another stage left}.

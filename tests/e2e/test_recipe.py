@@ -81,7 +81,7 @@ def test_tokenizer_reads_through_its_codes(recipe):
   level, runs = recipe
   metrics = held_out(runs, "tokenizer")
   quick = level == "quick"
-  assert metrics["answer_accuracy"] > (0.58 if quick else 0.88)
+  assert metrics["answer_accuracy"] > (0.58 if quick else 0.92)
   # Of 512, in a batch of 576 cells.
   assert metrics["vq/codes_used"] > (60 if quick else 100)
 
@@ -103,7 +103,7 @@ def test_decoder_paints_codes(recipe):
   """Velocity loss; 1 is what predicting nothing gets, and noise more."""
   level, runs = recipe
   metrics = held_out(runs, "decoder")
-  assert metrics["loss"] < {"quick": 0.35, "whole": 0.04}[level]
+  assert metrics["loss"] < {"quick": 0.35, "whole": 0.06}[level]
 
 
 def test_recipe_leaves_a_model_before_and_after_rl(recipe, monkeypatch):
