@@ -3,8 +3,9 @@
   xomni train --config=configs/pretrain.py:tiny --workdir=runs/pretrain \
     --config.init.model=runs/tokenizer/model
 
-learns to draw and read signs and posters from the codes of a tokenizer (configs/tokenizer.py) that
-`xomni tokenize-dataset` made: a quarter of an hour on 2 CPU cores.
+learns to draw and read signs and posters from the codes of a tokenizer
+(configs/tokenizer.py) that `xomni tokenize-dataset` made: a quarter of an hour
+on 2 CPU cores.
 
   xomni train --config=configs/pretrain.py:7b --workdir=/mnt/runs/pretrain \
     --config.init.model=X-Omni --config.init.qwen=Qwen/Qwen2.5-7B
