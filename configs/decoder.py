@@ -3,7 +3,7 @@
   xomni train --config=configs/decoder.py:tiny --workdir=runs/decoder \
     --config.init.model=runs/tokenizer/model --config.init.flux=runs/vae/model
 
-paints signs of the drawn world from the codes of a tokenizer and in the latents
+paints the drawn world from the codes of a tokenizer and in the latents
 of an autoencoder (configs/tokenizer.py, configs/vae.py); its text encoders
 learn with it and lie in runs/decoder/flux1: about 12 minutes on 2 CPU cores.
 
@@ -127,7 +127,7 @@ def _tiny():
       "shuffle": False,
       "prompt_dropout": 0.0,
       # Words that no training image shows.
-      "sources": _world("held-out"),
+      "sources": _world("validation"),
     },
     "report": {
       "log_every": 20,

@@ -1,7 +1,7 @@
 """Stage `grpo`: reinforcement learning on images that the policy drew.
 
   xomni train --config=configs/grpo.py:tiny --workdir=runs/grpo \
-    --config.init.model=runs/decoder/model --config.init.flux=runs/decoder/flux1
+    --config.init.model=runs/sft/model --config.init.flux=runs/decoder/flux1
 
 goes on from configs/sft.py:tiny and configs/decoder.py:tiny; its reward is OCR
 in this process.
@@ -146,7 +146,7 @@ def _tiny():
     "eval_data": {
       "shuffle": False,
       # Words that no training image shows.
-      "sources": _signs("held-out"),
+      "sources": _signs("validation"),
     },
     "checkpoint": {"every": 20},
     "report": {
@@ -164,8 +164,7 @@ def _tiny():
   config["options"] |= {
     "sizes": ((96, 96),),
     "group_size": 8,
-    # At 1 too few images err for groups to differ; what makes those at 1.4
-    # better makes them better at 1 as well.
+    # At 1 too few images err for groups to differ.
     "temperature": 1.4,
     "min_p": 0.0,
     "overlap": 0,

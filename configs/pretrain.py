@@ -1,7 +1,7 @@
-"""Stage `pretrain`: the AR model on packed text and images, in three phases.
+"""Stage `pretrain`: the AR model on packed text and images, in phases.
 
   xomni train --config=configs/pretrain.py:tiny --workdir=runs/pretrain \
-    --config.init.model=runs/tokenizer/model
+    --config.init.model=runs/decoder/model
 
 learns to draw and read signs and posters from the codes of a tokenizer
 (configs/tokenizer.py) that `xomni tokenize-dataset` made: a quarter of an hour
@@ -172,10 +172,10 @@ def _tiny():
       **data,
       "shuffle": False,
       "sources": (
-        _source("runs/codes/signs/held-out", "generate", 0.3),
-        _source("runs/codes/signs/held-out", "chat", 0.3),
-        _source("runs/codes/posters/held-out", "generate", 0.2),
-        _source("runs/codes/posters/held-out", "chat", 0.2),
+        _source("runs/codes/signs/validation", "generate", 0.3),
+        _source("runs/codes/signs/validation", "chat", 0.3),
+        _source("runs/codes/posters/validation", "generate", 0.2),
+        _source("runs/codes/posters/validation", "chat", 0.2),
       ),
     },
     "report": {

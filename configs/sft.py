@@ -63,8 +63,8 @@ def _tiny():
       _source(f"{codes}/posters/train", "chat", 0.12),
     ),
     (
-      _source(f"{codes}/signs/held-out", "generate", 0.5),
-      _source(f"{codes}/posters/held-out", "generate", 0.5),
+      _source(f"{codes}/signs/validation", "generate", 0.5),
+      _source(f"{codes}/posters/validation", "generate", 0.5),
     ),
   )
   # Answers have few tokens: beside drawing they would be learned late.

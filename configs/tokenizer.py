@@ -152,7 +152,7 @@ def _tiny():
       **data,
       "shuffle": False,
       # Words that no training image shows.
-      "sources": _world("held-out"),
+      "sources": _world("validation"),
     },
     "checkpoint": {
       "every": 500,

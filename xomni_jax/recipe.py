@@ -6,6 +6,8 @@ was stopped goes on from its newest checkpoint.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import pathlib
 import shutil
@@ -14,17 +16,17 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 from xomni_jax.errors import InputError, RunError
 from xomni_jax.inference import shipped
 
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-_LOG = "recipe.log"
+_LOG, _ASKED = "recipe.log", "recipe.json"
 # Of images that become codes, of each level: {split: (whole, quick)}.
 _CODES = {
-  "signs": {"train": (20_000, 1_200), "held-out": (1_000, 100)},
-  "posters": {"train": (10_000, 300), "held-out": (500, 50)},
+  "signs": {"train": (20_000, 1_200), "validation": (1_000, 100)},
+  "posters": {"train": (10_000, 300), "validation": (500, 50)},
 }
 _SHARD = 1024
 # Where a stage starts: {setting: what another stage left}.
@@ -59,7 +61,11 @@ _QUICK = {
     "phases.4_all.steps=30",
     "phases.5_anneal.steps=30",
   ),
-  "sft": ("phases.1_answer.steps=10", "phases.2_all.steps=30"),
+  "sft": (
+    "phases.1_answer.steps=10",
+    "phases.1_answer.warmup_steps=0",
+    "phases.2_all.steps=30",
+  ),
   "decoder": ("phases.1_all.steps=180",),
   "grpo": ("phases.1_all.steps=2", "phases.1_all.warmup_steps=0"),
 }
@@ -93,7 +99,7 @@ def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(
     prog="xomni recipe",
     description="Train the tiny model that ships: autoencoder, tokenizer, "
-    "pretraining, fine-tuning, diffusion decoder, reinforcement learning. "
+    "diffusion decoder, pretraining, fine-tuning, reinforcement learning. "
     "What was stopped goes on by the same command.",
   )
   parser.add_argument(
@@ -122,40 +128,87 @@ def main(argv: list[str]) -> int:
       "repository, whose configs/ it follows"
     )
   out = pathlib.Path(args.out).resolve()
-  base = pathlib.Path(args.base).resolve() if args.base else out / "runs"
-  if args.base:
-    _check_base(base)
-  (out / "runs").mkdir(parents=True, exist_ok=True)
-  codes = out / "runs" / "codes"
-  if args.base and not codes.exists():
-    codes.symlink_to(base / "codes")  # which configs name as runs/codes
-  # A stop asked for politely reaches the stage, which saves.
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-  start = time.monotonic()
-  todo = jobs(args.quick, args.seed, base if args.base else None)
-  count = len(todo) + args.control
-  for i, job in enumerate(todo, 1):
-    if not (out / "runs" / job.leaves).exists():
-      run(job, out, f"[{i}/{count}]", start)
-  made = out / "runs" / "tiny"
-  if not made.exists():
-    assemble(base, out / "runs" / "grpo" / "model", made)
-  if args.control and not (out / "runs" / "control" / "model").exists():
-    job = _control(base, out / "runs" / "grpo", args.seed)
-    run(job, out, f"[{count}/{count}]", start)
-  minutes, seconds = divmod(round(time.monotonic() - start), 60)
-  print(f"{made}: the model; {minutes} min {seconds:02d} s")
+  runs = out / "runs"
+  base = pathlib.Path(args.base).resolve() if args.base else None
+  if base:
+    _check_base(base, runs)
+  asked = {"quick": args.quick, "seed": args.seed, "base": base}
+  with _claim(runs, asked) as log:
+    if base and not (runs / "codes").is_symlink():
+      # Which configs name as runs/codes.
+      (runs / "codes").symlink_to(base / "codes")
+    _run_all(args, out, base, log)
   return 0
 
 
-def _check_base(base):
+def _run_all(args, out, base, log):
+  """All jobs that are not done yet."""
+  # A stop asked for politely reaches the stage, which saves.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  start = time.monotonic()
+  runs = out / "runs"
+  before = base or runs  # of reinforcement learning
+  todo = jobs(args.quick, args.seed, base)
+  count = len(todo) + args.control
+  for i, job in enumerate(todo, 1):
+    if not (runs / job.leaves).exists():
+      run(job, out, log, f"[{i}/{count}]", start)
+  made = runs / "tiny"
+  if not made.exists():
+    assemble(before, runs / "grpo" / "model", made)
+  if args.control and not (runs / "control" / "model").exists():
+    job = _control(before, runs / "grpo", args.seed)
+    run(job, out, log, f"[{count}/{count}]", start)
+  minutes, seconds = divmod(round(time.monotonic() - start), 60)
+  print(f"{made}: the model; {minutes} min {seconds:02d} s")
+
+
+def _check_base(base, runs):
   """Raises InputError where what comes after has nothing to start from."""
-  for left in ("codes", *_STARTS["grpo"].values()):
-    if not (base / left).is_dir():
+  if base == runs:
+    raise InputError(
+      f"--base {base} is what this recipe writes to; name another --out"
+    )
+  for left in ("codes", "sft/metrics.jsonl", *_STARTS["grpo"].values()):
+    if not (base / left).exists():
       raise InputError(
         f"--base {base} has no {left}, expected the runs/ of a recipe that is "
         "done as far as reinforcement learning; let `xomni recipe` make it"
       )
+
+
+@contextlib.contextmanager
+def _claim(runs: pathlib.Path, asked: dict[str, Any]):
+  """Makes the folder of runs ours, for what is asked; yields its log.
+
+  Raises:
+    InputError: it holds what something else made, or a process still writes.
+  """
+  asked = json.loads(json.dumps(asked, default=str))
+  path = runs / _ASKED
+  there = json.loads(path.read_text()) if path.exists() else None
+  names = {job.leaves.split("/")[0] for job in jobs(False, 0)}
+  if there is None and any((runs / name).exists() for name in names):
+    raise InputError(
+      f"{runs} holds runs that no recipe made; name another --out"
+    )
+  if there not in (None, asked):
+    raise InputError(
+      f"{runs} holds the recipe of {json.dumps(there)}, not of "
+      f"{json.dumps(asked)}; name another --out"
+    )
+  runs.mkdir(parents=True, exist_ok=True)
+  with (runs / _LOG).open("ab") as log:
+    try:
+      # Jobs inherit it: a recipe killed alone leaves its stage running.
+      fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      raise InputError(
+        f"{runs} is being written to by another recipe, or by a stage that one "
+        "left running; wait for it or stop it"
+      ) from None
+    path.write_text(json.dumps(asked) + "\n")
+    yield log
 
 
 def jobs(quick: bool, seed: int, base: pathlib.Path | None = None) -> list[Job]:
@@ -201,8 +254,9 @@ def _control(base: pathlib.Path, rl: pathlib.Path, seed: int) -> Job:
     base: runs/ with the models that both start from.
     rl: reinforcement learning's run.
   """
-  step = statistics.median(_step_seconds(base / "sft"))
-  steps = max(1, round(sum(_step_seconds(rl)) / step))
+  each, all_ = statistics.median(_step_seconds(base / "sft")), _step_seconds(rl)
+  # Medians leave compilation out.
+  steps = max(1, round(len(all_) * statistics.median(all_) / each))
   job = _stage("sft", False, seed + _CONTROL_SEED)
   return Job(
     "control",
@@ -259,30 +313,35 @@ def _stage(
   )
 
 
-def run(job: Job, out: pathlib.Path, label: str, start: float) -> None:
+def run(
+  job: Job, out: pathlib.Path, log: IO[bytes], label: str, start: float
+) -> None:
   """Runs a job in a folder and shows how far it is.
 
+  Args:
+    log: open for more; what the job says.
+    label: of the lines that are shown.
+    start: time.monotonic() of the recipe.
   Raises:
     RunError: it failed; what it said is in the log.
   """
-  log = out / "runs" / _LOG
-  with log.open("ab") as file:
-    file.write(f"\n{label} {job.name}\n".encode())
-    file.flush()
-    seen = file.tell()
-    command = [sys.executable, "-m", "xomni_jax", *job.argv]
-    child = subprocess.Popen(command, cwd=out, stdout=file, stderr=file)
-    try:
-      _watch(child, log, seen, f"{label} {job.name}", start)
-    finally:
-      # An interrupt or SIGTERM: training saves before it ends.
-      if child.poll() is None:
-        child.terminate()
-        child.wait()
+  path = pathlib.Path(log.name)
+  log.write(f"\n{label} {job.name}\n".encode())
+  log.flush()
+  seen = log.seek(0, 2)
+  command = [sys.executable, "-m", "xomni_jax", *job.argv]
+  child = subprocess.Popen(command, cwd=out, stdout=log, stderr=log)
+  try:
+    _watch(child, path, seen, f"{label} {job.name}", start)
+  finally:
+    # An interrupt or SIGTERM: training saves before it ends.
+    if child.poll() is None:
+      child.terminate()
+      child.wait()
   if child.returncode:
     raise RunError(
       f"{job.name} failed (exit status {child.returncode}): "
-      f"{_last_line(log, seen)}; all of it is in {log}"
+      f"{_last_line(path, seen)}; all of it is in {path}"
     )
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -209,7 +210,7 @@ def test_images_depend_on_prompt_and_sample_alone(tiny):
 
 
 def test_true_codes_are_painted_as_the_model_decodes_them(tiny):
-  """The noise apart, which the same codes and keys share with a draw."""
+  """The same codes, and the same pixels from the same noise."""
   some = asked.open_asked("world:signs:test", 4)
   pictures = asked.true_images("world:signs:test", range(4))
   drawer = drawing.Drawer(tiny, 7, 2)
@@ -217,14 +218,21 @@ def test_true_codes_are_painted_as_the_model_decodes_them(tiny):
   paint = drawer._paint
 
   def spy(codes, texts, keys):
-    seen["codes"] = codes
+    seen["codes"], seen["keys"] = codes, keys
     return paint(codes, texts, keys)
 
   drawer._paint = spy
   made = drawer.repaint(pictures, some, range(4))
   assert made.shape == (4, 96, 96, 3) and made.dtype == np.uint8
-  for codes, picture in zip(seen["codes"], pictures, strict=True):
+  rows = zip(seen["codes"], seen["keys"], some, pictures, made, strict=True)
+  for codes, key, one, picture, image in rows:
     assert np.array_equal(codes, tiny.encode(picture))
+    h, w = codes.shape
+    noise = jax.random.normal(
+      key, (1, tiny.architecture.vae.latent_channels, 2 * h, 2 * w)
+    )
+    alone = tiny.decode(codes, one.text, steps=2, noise=noise)
+    assert np.abs(alone.astype(int) - image).max() <= 1
 
 
 def test_readers_read_as_the_engine_does():

@@ -172,8 +172,24 @@ def test_runs_that_do_not_compare_are_refused(tmp_path, figures):
   with pytest.raises(InputError, match="steps is 8 and 4") as error:
     report.write(tmp_path, {best_of_n.NAME: {"a": figures, "b": other}})
   assert "\n" not in str(error.value)
-  with pytest.raises(InputError, match="no figures"):
-    command.main(["report", str(tmp_path), "--out", str(tmp_path / "out")])
+  alone = json.loads(json.dumps(figures))
+  del alone["identity"]["models"]["control"]
+  for one, two in ((figures, alone), (alone, figures)):
+    with pytest.raises(InputError, match=r"models is .*control"):
+      report.write(tmp_path, {best_of_n.NAME: {"a": one, "b": two}})
+
+
+def test_report_leaves_no_seed_out(tmp_path, figures):
+  for name in ("a/seed0", "b/seed0", "seed1"):
+    (tmp_path / name).mkdir(parents=True)
+    if name != "seed1":
+      command._write_json(tmp_path / name / "best-of-n.json", figures)
+  out = ["--out", str(tmp_path / "out")]
+  folders = lambda *names: [str(tmp_path / name) for name in names]
+  with pytest.raises(InputError, match="a name of its own"):
+    command.main(["report", *folders("a/seed0", "b/seed0"), *out])
+  with pytest.raises(InputError, match="seed1 has no figures"):
+    command.main(["report", *folders("a/seed0", "seed1"), *out])
 
 
 # -- guidance

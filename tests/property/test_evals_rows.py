@@ -5,11 +5,13 @@ Drawing and reading are stand-ins here: an image is its key's numbers.
 
 import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import GOLDEN
 from xomni_jax.errors import InputError, RunError
 from xomni_jax.evals import asked, measure, rows
 from xomni_jax.evals.asked import Asked
@@ -154,6 +156,10 @@ def test_engine_that_fails_too_often_stops_the_measurement(tmp_path):
   with pytest.raises(RunError, match=r"rapidocr fails on .* at most 1%"):
     _run(tmp_path / "often", fails=20, prompts=prompts)
   _run(tmp_path / "seldom", fails=150, prompts=prompts)
+  # With the engine mended the same command goes on: little is lost for good.
+  _run(tmp_path / "often", prompts=prompts)
+  lines = _lines(tmp_path / "often")
+  assert sum("error" in line for line in lines) <= 2
 
 
 def test_rows_of_another_measurement_are_refused(tmp_path):
@@ -247,8 +253,24 @@ def test_prompts_of_a_file_need_targets_and_sizes(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_weights_hash_sees_the_decoder_too(tmp_path):
+  model, flux = str(GOLDEN / "xomni"), tmp_path / "flux1"
+  shutil.copytree(GOLDEN / "flux1", flux)
+  before = asked.weights_hash(model, str(flux))
+  seen = {before}
+  for name in ("vae", "text_encoder"):
+    (path,) = (flux / name).glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    seen.add(asked.weights_hash(model, str(flux)))
+  assert len(seen) == 3
+  alone = asked.weights_hash(model, None, paints=False)
+  assert alone == asked.weights_hash(model, str(flux), paints=False)
+
+
 @pytest.mark.parametrize("whole", [2**26, 1000])
-def test_weights_hash_sees_every_part(tmp_path, monkeypatch, whole):
+def test_file_hash_sees_every_part(tmp_path, monkeypatch, whole):
   """Whole files, and pieces that lie too close to leave anything out."""
   monkeypatch.setattr(asked, "_WHOLE", whole)
   path = tmp_path / "model.safetensors"

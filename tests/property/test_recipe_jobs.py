@@ -1,11 +1,14 @@
 """What the recipe runs, without running it."""
 
+import fcntl
 import json
+import subprocess
 
 import pytest
 
 from xomni_jax import recipe
 from xomni_jax.errors import InputError
+from xomni_jax.training import configure
 
 
 def _write(run, rows):
@@ -16,13 +19,13 @@ def _write(run, rows):
 
 def test_control_trains_for_as_long_as_reinforcement_learning(tmp_path):
   step = "time/step_seconds"
-  # The first has compilation in it, which the median leaves out.
+  # The first steps have compilation in them, which medians leave out.
   sft = [(20, 2.5), (40, 0.5), (60, 0.5)]
   _write(tmp_path / "sft", [{"step": s, step: t} for s, t in sft])
   grpo = [{"step": 1, step: 5.0}, {"step": 2, "held_out/reward": 0.9}]
   _write(tmp_path / "rl", [*grpo, {"step": 3, step: 4.0}])
   job = recipe._control(tmp_path, tmp_path / "rl", 3)
-  assert "--config.phases.2_all.steps=26" in job.argv  # 13 s of 0.5 s each
+  assert "--config.phases.2_all.steps=24" in job.argv  # 12 s of 0.5 s each
   assert "--config.seed=1003" in job.argv
   assert job.argv.count("--workdir=runs/control") == 1
   starts = [a for a in job.argv if "init.model" in a]
@@ -39,11 +42,88 @@ def test_base_leaves_reinforcement_learning_alone(tmp_path):
   assert "--config.seed=2" in job.argv
 
 
-def test_base_without_a_model_is_refused(tmp_path):
-  base = tmp_path / "runs"
-  (base / "sft" / "model").mkdir(parents=True)
-  (base / "codes").mkdir()
-  out = tmp_path / "out"
-  with pytest.raises(InputError, match="has no decoder/flux1"):
+def _base(folder):
+  """What reinforcement learning needs of a recipe's runs/."""
+  _write(folder / "sft", [])
+  for name in ("sft/model", "decoder/flux1", "codes"):
+    (folder / name).mkdir(parents=True)
+  return folder
+
+
+@pytest.mark.parametrize(
+  "lost", ["decoder/flux1", "codes", "sft/metrics.jsonl"]
+)
+def test_base_that_lacks_something_is_refused(tmp_path, lost):
+  base, out = _base(tmp_path / "runs"), tmp_path / "out"
+  (base / lost).rename(tmp_path / "elsewhere")
+  with pytest.raises(InputError, match=f"has no {lost}"):
     recipe.main(["--base", str(base), "--out", str(out)])
   assert not out.exists()
+
+
+def test_base_is_not_what_is_written_to(tmp_path):
+  base = _base(tmp_path / "runs")
+  with pytest.raises(InputError, match="name another --out"):
+    recipe.main(["--base", str(base), "--out", str(tmp_path)])
+
+
+def _no_jobs(monkeypatch):
+  ran = []
+  monkeypatch.setattr(recipe, "run", lambda job, *_: ran.append(job.name))
+  monkeypatch.setattr(recipe, "assemble", lambda *_: None)
+  monkeypatch.setattr(recipe.signal, "signal", lambda *_: None)
+  return ran
+
+
+@pytest.mark.parametrize("other", [["--quick"], ["--seed", "1"], ["--base"]])
+def test_folder_of_another_recipe_is_refused(tmp_path, monkeypatch, other):
+  ran, out = _no_jobs(monkeypatch), str(tmp_path / "out")
+  recipe.main(["--out", out])
+  count = len(ran)
+  recipe.main(["--out", out])  # goes on
+  assert count > 0 and len(ran) == 2 * count
+  if other == ["--base"]:
+    other.append(str(_base(tmp_path / "runs")))
+  with pytest.raises(InputError, match="holds the recipe of"):
+    recipe.main(["--out", out, *other])
+  assert len(ran) == 2 * count
+
+
+def test_folder_of_runs_that_no_recipe_made_is_refused(tmp_path, monkeypatch):
+  ran = _no_jobs(monkeypatch)
+  (tmp_path / "runs" / "tokenizer").mkdir(parents=True)
+  with pytest.raises(InputError, match="no recipe made"):
+    recipe.main(["--out", str(tmp_path)])
+  assert not ran
+
+
+def test_stage_that_a_killed_recipe_left_running_is_waited_for(
+  tmp_path, monkeypatch
+):
+  ran = _no_jobs(monkeypatch)
+  (tmp_path / "runs").mkdir()
+  # A stage has the log as its standard output.
+  with (tmp_path / "runs" / "recipe.log").open("ab") as log:
+    fcntl.flock(log, fcntl.LOCK_EX)
+    stage = subprocess.Popen(["sleep", "60"], stdout=log)
+  with pytest.raises(InputError, match="left running"):
+    recipe.main(["--out", str(tmp_path)])
+  assert not ran
+  stage.kill()
+  stage.wait()
+  recipe.main(["--out", str(tmp_path)])
+  assert ran
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_settings_of_all_stages_are_accepted(quick):
+  stages = [j for j in recipe.jobs(quick, 0) if j.argv[0] == "train"]
+  assert len(stages) == 6
+  for job in stages:
+    given = dict(a.lstrip("-").split("=", 1) for a in job.argv[1:])
+    config = configure.read(given.pop("config"))
+    given.pop("workdir")
+    configure.override(
+      config, [f"{k.removeprefix('config.')}={v}" for k, v in given.items()]
+    )
+    configure.parse(config, job.name)

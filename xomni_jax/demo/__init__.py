@@ -307,7 +307,8 @@ def _about(model):
   rows = [(what[name], sizes[name]) for name in what]
   return page.section(
     "What each part is",
-    "The released architecture in small, trained from nothing on drawn signs.",
+    "The released architecture in small, trained from nothing on drawn signs "
+    "and posters.",
     page.table(("part", "parameters"), rows),
   )
 

@@ -1,4 +1,4 @@
-"""`xomni eval`: measurements of models, each a command that can be resumed.
+"""`xomni eval`: measurements of models.
 
 `best-of-n` and `cfg` keep a row for every image in OUT as it is made, and at
 the end write their figures as JSON; started again, they go on where they were.
@@ -299,7 +299,9 @@ class _Bench(contextlib.ExitStack):
       )
       if there.exists() and not here.exists():
         here.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(there, here)
+        part = here.with_suffix(".tmp")
+        shutil.copyfile(there, part)
+        part.replace(here)  # whole or not at all
 
   def _drawer(self, name: str):
     """The drawer of a model; one is in memory at a time."""
@@ -357,12 +359,24 @@ def _score(args):
 
 
 def _report(args):
-  found = {}
-  for name in (best_of_n.NAME, cfg.NAME):
-    paths = [_figures_path(pathlib.Path(f), name) for f in args.folders]
-    there = [path for path in paths if path.exists()]
-    if there:
-      found[name] = {path.parent.name: _read_json(path) for path in there}
+  folders = [pathlib.Path(folder) for folder in args.folders]
+  names = [folder.resolve().name for folder in folders]
+  if len(set(names)) < len(names):
+    raise InputError(
+      f"folders are called {', '.join(names)}, expected a name of its own for "
+      "each: it is what the report calls the seed"
+    )
+  found: dict[str, dict] = {}
+  for seed, folder in zip(names, folders, strict=True):
+    paths = {n: _figures_path(folder, n) for n in (best_of_n.NAME, cfg.NAME)}
+    paths = {name: path for name, path in paths.items() if path.exists()}
+    if not paths:
+      raise InputError(
+        f"{folder} has no figures, expected best-of-n.json or cfg.json; let "
+        "`xomni eval best-of-n` or `xomni eval cfg` run to its end"
+      )
+    for name, path in paths.items():
+      found.setdefault(name, {})[seed] = _read_json(path)
   for path in report.write(pathlib.Path(args.out), found):
     print(path)
 

@@ -36,15 +36,10 @@ def write(
 
   Args:
     out: a folder.
-    found: {measurement: its runs}.
+    found: {measurement: its runs}, at least one.
   Raises:
-    InputError: no runs, or runs that do not compare.
+    InputError: runs that do not compare.
   """
-  if not found:
-    raise InputError(
-      "the folders have no figures, expected best-of-n.json or cfg.json; let "
-      "`xomni eval best-of-n` or `xomni eval cfg` run to its end"
-    )
   text, made = [], [out / "report.md"]
   try:
     out.mkdir(parents=True, exist_ok=True)
@@ -66,8 +61,10 @@ def write(
 def _check_same(runs: Runs) -> None:
   (first, one), *others = runs.items()
   for name, other in others:
-    for key in _SAME:
+    for key in (*_SAME, "models"):
       a, b = one["identity"].get(key), other["identity"].get(key)
+      if key == "models":  # which there are; each seed has its own
+        a, b = sorted(a), sorted(b)
       if a != b:
         raise InputError(
           f"{first} and {name} do not compare: {key} is {json.dumps(a)} and "
