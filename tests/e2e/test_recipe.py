@@ -40,23 +40,39 @@ def start(folder, *argv):
   )
 
 
-def kill_at(process, path, text):
-  """Kills a recipe and its stage once a file has a text."""
+def stop_at(process, path, text, how):
+  """Stops a recipe once a file has a text; returns its exit status."""
   while process.poll() is None:
     if path.exists() and text in path.read_text():
-      os.killpg(process.pid, signal.SIGKILL)
+      if how == signal.SIGKILL:
+        os.killpg(process.pid, how)  # its stage too
+      else:
+        process.send_signal(how)
+      break
     time.sleep(0.2)
-  assert process.wait() == -signal.SIGKILL
+  return process.wait()
 
 
 @pytest.fixture(scope="module", params=LEVELS)
 def recipe(request, tmp_path_factory):
-  """(level, runs/) of a recipe that was killed in its second stage."""
+  """(level, runs/) of a recipe that was killed in its first stage and told to
+  stop in its second."""
   out = tmp_path_factory.mktemp(request.param)
   flags = ["--quick"] if request.param == "quick" else []
-  metrics = out / "runs" / "tokenizer" / "metrics.jsonl"
-  kill_at(start(out, *flags), metrics, '"step": 20,')
+  vae, tokenizer = (
+    out / "runs" / stage / "metrics.jsonl" for stage in ("vae", "tokenizer")
+  )
+  killed = stop_at(start(out, *flags), vae, '"step": 50,', signal.SIGKILL)
+  assert killed == -signal.SIGKILL
+  told = stop_at(start(out, *flags), tokenizer, '"step": 20,', signal.SIGTERM)
+  assert told == 143
+  log, before = out / "runs" / "recipe.log", vae.stat().st_mtime_ns
   assert start(out, *flags).wait() == 0
+  assert vae.stat().st_mtime_ns == before
+  again = (
+    log.read_text().rpartition("] tokenizer\n")[2].partition("] decoder\n")
+  )
+  assert "resumed at step" in again[0]
   return request.param, out / "runs"
 
 
