@@ -18,6 +18,7 @@ from tests import train_runs as runs
 from tests.released_files import SOURCE, ignored, read_all
 from xomni_jax import cli
 from xomni_jax.checkpoints import manifest
+from xomni_jax.inference import fresh
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +240,50 @@ def test_non_finite_update_is_not_saved_and_a_better_config_goes_on(folder):
   assert list((workdir / "profile").rglob("*.xplane.pb"))
   assert "resumed at step 2 of 9" in out.splitlines()
   assert_as_alone(workdir, folder)
+
+
+def test_run_that_goes_on_beyond_its_end_exports_anew(folder, copied, capsys):
+  before = read_all(copied / "model")
+  longer = "--config.phases.3_anneal.steps=4"
+  status, out, err = train(
+    capsys, folder / "run.py", copied, longer, "--allow-config-change"
+  )
+  assert (status, out[-1]) == (0, "done: 10 steps"), err
+  after = read_all(copied / "model")
+  changed = [
+    k
+    for k, x in after["ar"].items()
+    if x.tobytes() != before["ar"][k].tobytes()
+  ]
+  assert changed
+  names = {path.name for path in copied.iterdir()}
+  assert "export.part" not in names
+
+
+def test_export_that_was_cut_short_is_made_again(folder, copied, capsys):
+  there = read_all(copied / "model")
+  (copied / "export.part" / "model").mkdir(parents=True)  # what a kill left
+  (copied / "exported").unlink()
+  status, out, err = train(capsys, folder / "run.py", copied)
+  assert (status, out[-1]) == (0, "done: 9 steps"), err
+  assert not (copied / "export.part").exists()
+  for part, tensors in read_all(copied / "model").items():
+    runs.assert_same_state(tensors, there[part])
+  made = (copied / "model").stat().st_mtime_ns
+  assert train(capsys, folder / "run.py", copied)[0] == 0
+  assert (copied / "model").stat().st_mtime_ns == made  # once is enough
+
+
+def test_disk_that_is_full_at_the_export_is_one_line(
+  folder, copied, capsys, monkeypatch
+):
+  def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(fresh, "replace_parts", full)
+  (copied / "exported").unlink()
+  status, _, err = train(capsys, folder / "run.py", copied)
+  assert status == 2
+  (line,) = (x for x in err if x.startswith("xomni train"))
+  assert "No space left on device" in line and "start again" in line
+  assert read_all(copied / "model")  # the one that was there

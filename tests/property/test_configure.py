@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests import helpers
+from xomni_jax.data.prompts import open_prompts
 from xomni_jax.errors import InputError
 from xomni_jax.mesh import fill, make_mesh
 from xomni_jax.params import flatten
@@ -193,3 +194,26 @@ def test_missing_and_failing_config_files_are_refused(tmp_path):
 
 def test_options_of_every_stage_have_a_dataclass():
   assert set(OPTIONS) == set(STAGES)
+
+
+def test_start_that_a_kill_left_half_made_is_made_again(tmp_path, monkeypatch):
+  config = read("vae")
+  cfg, arch = configure.parse(config, "vae")
+
+  def write(xomni, flux1, *_, **__):
+    xomni.mkdir()
+    flux1.mkdir()
+
+  monkeypatch.setattr(build.fresh, "write_fresh", write)
+  (tmp_path / "xomni").mkdir()
+  started = build._with_start(cfg, arch, config, tmp_path)
+  assert started.init.flux == str(tmp_path / "flux1")
+  assert (tmp_path / "flux1").is_dir()
+
+
+def test_prompts_that_are_no_text_are_one_line(tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  path.write_bytes('{"prompt": "Schön"}'.encode("latin-1"))
+  with pytest.raises(InputError, match="UTF-8") as error:
+    open_prompts(str(path))
+  assert "\n" not in str(error.value)

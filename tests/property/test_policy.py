@@ -1,6 +1,7 @@
 """The GRPO loss against plain float64, and what must not change it."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -304,6 +305,19 @@ def test_token_scores_and_gradients_are_those_of_float64(filtered, chunk):
   expected = np.zeros(params["mm_head"].shape)
   expected[:V] = np.einsum("blv,bld->vd", by_logits, hidden)
   np.testing.assert_allclose(by_params["mm_head"], expected, atol=1e-4)
+
+
+def test_head_gradient_of_bf16_chunks_is_summed_in_f32():
+  """512 chunks that each add 1: in bf16 the sum would stop at 256."""
+  length = 1024
+  hidden = jnp.ones((1, length, 1), jnp.bfloat16)
+  codes = jnp.zeros((1, length), jnp.int32)
+  cfg = types.SimpleNamespace(image_vocab_size=2)
+  total = lambda head: policy.token_scores(
+    {"mm_head": head}, hidden, codes, None, cfg, temperature=1.0, chunk=2
+  ).logp.sum()
+  gradient = jax.grad(total)(jnp.zeros((2, 1), jnp.bfloat16))
+  assert gradient[:, 0].tolist() == [512, -512]
 
 
 def test_gradients_of_filtered_scores_are_finite_in_chunks():

@@ -141,6 +141,13 @@ def test_combine_drops_groups_under_the_quorum():
     assert found.metrics["reward/groups_dropped"] == kept.count(0) / 3
 
 
+def test_group_with_exactly_the_quorum_is_kept():
+  """0.56 x 25 is 14.000000000000002 in floats."""
+  values = [*np.linspace(0, 1, 14), *[math.nan] * 11]
+  found = combine({"a": _column(values)}, (_reward("a"),), 25, 0.56)
+  assert np.isfinite(found.rewards).sum() == 14
+
+
 def test_combine_lets_a_shadow_change_nothing():
   ocr = _column([0.1, 0.9])
   alone = combine({"ocr": ocr}, (_reward("ocr"),), 2, 0.5)

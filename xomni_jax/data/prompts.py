@@ -52,7 +52,12 @@ def open_prompts(path: str) -> Sequence[Prompt]:
       f"prompts {path}: no such file; expected JSONL, or world:LEVEL"
     )
   found, problems = [], []
-  lines = file.read_text(encoding="utf-8").split("\n")
+  try:
+    lines = file.read_text(encoding="utf-8").split("\n")
+  except (OSError, UnicodeDecodeError) as e:
+    raise InputError(
+      f"prompts {path}: can't be read ({e}), expected lines of JSON in UTF-8"
+    ) from None
   for number, line in enumerate(lines, 1):
     if line.strip():
       where = f"{file.name}:{number}"

@@ -137,7 +137,8 @@ def combine(
   total[weight == 0] = np.nan
   groups = total.reshape(-1, group_size)  # a view: masking it masks `total`
   kept = np.isfinite(groups).sum(1)
-  dropped = kept < max(2, math.ceil(quorum * group_size))
+  # 0.56 of 25 is 14, not the 14.000000000000002 that floats make of it.
+  dropped = kept < max(2, math.ceil(quorum * group_size - 1e-9))
   groups[dropped] = np.nan
   asked = {r.name: int((~columns[r.name].absent).sum()) for r in optimised}
   failed = {r.name: columns[r.name].reasons for r in optimised}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 
 import jax
 from jax.experimental import multihost_utils
@@ -74,7 +75,10 @@ def _with_start(cfg, arch, config, folder):
       "left in its WORKDIR/model"
     )
   xomni, flux1 = folder / "xomni", folder / "flux1"
-  if jax.process_index() == 0 and not xomni.exists():
+  whole = lambda: xomni.exists() and flux1.exists()
+  if jax.process_index() == 0 and not whole():
+    for half in (xomni, flux1):  # what a kill left
+      shutil.rmtree(half, ignore_errors=True)
     fresh.write_fresh(
       xomni,
       flux1,
@@ -87,9 +91,9 @@ def _with_start(cfg, arch, config, folder):
     )
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("start")
-  if not xomni.exists():
+  if not whole():
     raise InputError(
-      f"{xomni}: made by process 0, but not to be seen here; put --workdir on "
+      f"{folder}: made by process 0, but not to be seen here; put --workdir on "
       "a file system that all processes share"
     )
   init = dataclasses.replace(

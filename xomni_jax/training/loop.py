@@ -6,6 +6,7 @@ batch, its randomness, its phase. So the state of a run is the arrays of
 """
 
 import pathlib
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +32,8 @@ from xomni_jax.training.stage import Stage
 # Keys of a run: parameters, steps, held-out batches. A step's key is folded
 # from the second with its number.
 _INIT, _STEPS, _HELD_OUT = range(3)
+# In a run's folder: the exported model, and the step that it is of.
+_MODEL, _EXPORTED = "model", "exported"
 
 
 def train(
@@ -351,20 +354,41 @@ class _Run:
     """The model as files for people, from the average where there is one."""
     if self.stage.export is None or not self.cfg.checkpoint.export:
       return
-    where = self.workdir / "model"
-    if where.exists():  # written whole or not at all
+    where, mark = self.workdir / _MODEL, self.workdir / _EXPORTED
+    # A run that goes on beyond its first end has a model of that end.
+    if where.exists() and mark.exists() and mark.read_text() == str(self.step):
       return
     params = {**self.state["params"], **self.state["ema"], **self.frozen}
     if jax.process_count() == 1:
-      self.stage.export(nest(params), where)
+      self._write_model(nest(params))
     else:
       params = {path: self._whole(path, x) for path, x in params.items()}
       if jax.process_index() == 0:
         # On a device of its own: the others do not take part.
         with jax.set_mesh(mesh_lib.make_mesh(devices=jax.local_devices())):
-          self.stage.export(nest(params), where)
+          self._write_model(nest(params))
       multihost_utils.sync_global_devices("export")
     self.log.line(f"model written to {where}")
+
+  def _write_model(self, params) -> None:
+    """The model and what lies beside it, each whole or not at all."""
+    part, mark = self.workdir / "export.part", self.workdir / _EXPORTED
+    try:
+      shutil.rmtree(part, ignore_errors=True)
+      part.mkdir()
+      self.stage.export(params, part / _MODEL)
+      mark.unlink(missing_ok=True)
+      # The model last: where it is, all is.
+      for made in sorted(part.iterdir(), key=lambda path: path.name == _MODEL):
+        shutil.rmtree(self.workdir / made.name, ignore_errors=True)
+        made.rename(self.workdir / made.name)
+      part.rmdir()
+      mark.write_text(str(self.step))
+    except OSError as e:
+      raise InputError(
+        f"{self.workdir}: the model can't be written ({e.strerror}); training "
+        "is done and saved, make room and start again"
+      ) from None
 
   def _whole(self, path: str, x: jax.Array) -> np.ndarray | None:
     """A parameter on the host of process 0; all processes call it."""

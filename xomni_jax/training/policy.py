@@ -92,6 +92,8 @@ def token_scores(
     temperature: logits are divided by it.
     chunk: positions.
   """
+  # As in losses.token_loss: the head's gradient is added up in float32.
+  params = {**params, "mm_head": params["mm_head"].astype(jnp.float32)}
 
   def run(_, inputs):
     hidden, codes, support = inputs

@@ -203,6 +203,11 @@ class Roller:
     """ids i32[n, P] and their mask, padded on the left; which ones fit."""
     P = self.options.prompt_len
     prefix = self.tokenizer.encode(protocol.image_prefix(*grid))
+    if len(prefix) >= P:
+      raise InputError(
+        f"options.prompt_len is {P}, expected more than the {len(prefix)} "
+        "tokens that begin an image"
+      )
     ids = np.full((len(prompts), P), self.tokenizer.pad_id, np.int32)
     valid = np.zeros((len(prompts), P), bool)
     fits = np.ones(len(prompts), bool)

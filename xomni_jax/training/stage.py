@@ -99,7 +99,8 @@ class Stage:
     load: mesh, dtype by part -> {part: params} of the parts that come from
       files; the rest is drawn by `program.init`.
     preview: params, step -> pictures; None: there are none.
-    export: params, folder -> None: writes the model for people to use.
+    export: params, folder -> None: writes the model for people to use into a
+      new folder, and what goes with it beside that.
     prepare: {step: (params, extra, batches) -> params, extra}, done before
       that step, such as a k-means start.
     collect: (measure, params, extra, step) -> rows, extra, metrics: the rows

@@ -91,9 +91,8 @@ def stage(
     encoders = {name: params[name] for name in ("clip", "t5")}
     encoders = {k: v for k, v in encoders.items() if k in trained}
     length = encoder_ids.t5_length(decoder.folder / "tokenizer_2")
-    # Written whole or not at all, so one that exists is this run's.
-    beside = out.with_name(FLUX1)
-    if (encoders or length != cfg.options.text_len) and not beside.exists():
+    if encoders or length != cfg.options.text_len:
+      beside = out.with_name(FLUX1)
       fresh.replace_flux1(
         decoder.folder, beside, encoders, text_len=cfg.options.text_len
       )
