@@ -79,6 +79,22 @@ def test_ledger_asks_again_for_another_image_step_sample_or_reward(tmp_path):
   assert score_once(ledger, "ocr", scorer, _keys(1, 2)[::-1], items)[1] == 0
 
 
+def test_other_question_about_the_same_image_is_asked_anew(tmp_path):
+  (item,), scorer, ledger = _items(1), _Scorer(), Ledger(tmp_path)
+  score_once(ledger, "ocr", scorer, _keys(1, 1), [item], about="a")
+  for change in ({"targets": ("OTHER",)}, {"prompt": "other"}, {"lang": "zh"}):
+    other = item._replace(**change)
+    found = score_once(ledger, "ocr", scorer, _keys(1, 1), [other], about="a")
+    assert found[1] == 0
+  assert (
+    score_once(ledger, "ocr", scorer, _keys(1, 1), [item], about="b")[1] == 0
+  )
+  found = score_once(
+    Ledger(tmp_path), "ocr", None, _keys(1, 1), [item], about="a"
+  )
+  assert found[1] == 1
+
+
 def test_ledger_keeps_no_failure(tmp_path):
   items, keys = _items(3), _keys(1, 3)
   down, ledger = _Scorer(bad=("i1",)), Ledger(tmp_path)

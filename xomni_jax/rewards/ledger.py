@@ -6,6 +6,8 @@ again when it goes on.
 """
 
 import concurrent.futures
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -35,7 +37,7 @@ class Key(NamedTuple):
 
 
 class Ledger:
-  """The scores of a run, by reward, sample and image; for threads."""
+  """The scores of a run, by reward, sample and what was asked; for threads."""
 
   def __init__(self, folder: str | os.PathLike, process: int = 0):
     """Opens a folder of ledgers, one file for each process of the run.
@@ -55,15 +57,15 @@ class Ledger:
   def __len__(self) -> int:
     return len(self._scores)
 
-  def find(self, reward: str, key: Key, image_hash: str) -> Score | None:
-    """The score of exactly this image, if it was added."""
-    return self._scores.get((reward, *key, image_hash))
+  def find(self, reward: str, key: Key, asked: str) -> Score | None:
+    """The score of exactly this question (`asked_hash`), if it was added."""
+    return self._scores.get((reward, *key, asked))
 
   def add(
     self,
     reward: str,
     keys: Sequence[Key],
-    image_hashes: Sequence[str],
+    asked: Sequence[str],
     scores: Sequence[Score],
   ) -> None:
     """Adds scores; not failures, nor what is there already.
@@ -73,10 +75,8 @@ class Ledger:
     """
     lines = []
     with self._lock:
-      for key, image_hash, score in zip(
-        keys, image_hashes, scores, strict=True
-      ):
-        place = (reward, *key, image_hash)
+      for key, question, score in zip(keys, asked, scores, strict=True):
+        place = (reward, *key, question)
         if score.ok and place not in self._scores:
           self._scores[place] = score
           lines.append([*place, score._asdict()])
@@ -91,6 +91,7 @@ def score_once(
   items: Sequence[Item],
   size: int = 0,
   together: bool = False,
+  about: str = "",
 ) -> tuple[list[Score], int]:
   """(scores, how many were found in the ledger); asks for the others only.
 
@@ -98,11 +99,12 @@ def score_once(
     size: items of a call of the scorer, whose scores are in the ledger as soon
       as it is over; 0: all.
     together: make all calls at once, each in a thread.
+    about: settings that scores depend on: with others they are asked anew.
   """
-  hashes = [wire.image_hash(item.image) for item in items]
+  hashes = [asked_hash(item, about) for item in items]
   found = [
-    ledger.find(reward, key, image_hash)
-    for key, image_hash in zip(keys, hashes, strict=True)
+    ledger.find(reward, key, asked)
+    for key, asked in zip(keys, hashes, strict=True)
   ]
   missing = [i for i, score in enumerate(found) if score is None]
 
@@ -125,6 +127,13 @@ def score_once(
     score._replace(id=item.id) for score, item in zip(found, items, strict=True)
   ]
   return scores, len(items) - len(missing)
+
+
+def asked_hash(item: Item, about: str = "") -> str:
+  """32 hex digits of all that a score depends on."""
+  image = wire.image_hash(item.image)
+  asked = [image, item.prompt, [*item.targets], item.lang, about]
+  return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
 
 def _entries(path):

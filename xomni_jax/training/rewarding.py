@@ -95,6 +95,7 @@ class Rewarder:
       if any(source.kind != "http" for source in parse_source(r.source))
     }
     self._at_once = {r.name: r.batch_items for r in rewards}
+    self._about = {r.name: _about(r) for r in rewards}
     self._ledger = ledger.Ledger(folder, jax.process_index())
     # What was seen of failures and drifts, by step; all processes read it.
     self._watched = pathlib.Path(folder) / "watched.jsonl"
@@ -151,6 +152,7 @@ class Rewarder:
         items,
         size=self._at_once[name],
         together=name not in self._alone,
+        about=self._about[name],
       )
     absent = {row: wire.absent(str(row)) for row in images}
     return absent | dict(zip(asked, scores, strict=True))
@@ -288,6 +290,12 @@ def _reliable(scorer):
       return [wire.failed(item.id, "client", message) for item in items]
 
   return score
+
+
+def _about(reward: RewardConfig) -> str:
+  """What its scores depend on; where servers are is no part of it."""
+  here = [s for s in parse_source(reward.source) if s.kind != "http"]
+  return repr((here, reward.engines, reward.spaces, reward.model))
 
 
 def _item(prompt: Prompt):
