@@ -87,6 +87,19 @@ def test_prompt_that_does_not_fit_is_named_and_counts_nowhere(
   assert sorted(asked) == sorted(["a sign", "a cat", "a dog"] * 24)
 
 
+def test_rewards_are_logged_whatever_log_every_is(
+  tmp_path, monkeypatch, codes_as_images
+):
+  """They come with the first update of a rollout."""
+  config = settings(
+    options__epochs=2, report__log_every=4, phases__1_all__steps=9
+  )
+  found = train(config, tmp_path, monkeypatch, share_of(WANTED))
+  assert [m["step"] for m in found] == [3, 4, 7, 8, 9]
+  told = [m["step"] for m in found if "reward/ocr" in m]
+  assert told == [3, 7, 9]
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_images_of_a_prompt_share_their_noise_or_not(tmp_path, same):
   config = settings(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import train_runs
 from tests.helpers import GOLDEN, max_difference
 from xomni_jax.config import LMConfig
 from xomni_jax.data import pipeline, protocol, world
@@ -389,3 +390,17 @@ def test_stage_runs_through_the_loop(tmp_path):
   assert exported.config.vq == sizes().vq
   read = qwen.open_qwen(folder / "lm")
   assert dataclasses.replace(read.config) == LM
+
+
+def test_average_of_a_codebook_that_is_set_anew_begins_anew(tmp_path):
+  """k-means at step 2: what the codes were before is in no average."""
+  cfg = config()
+  cfg = dataclasses.replace(
+    cfg, optim=dataclasses.replace(cfg.optim, ema=0.999)
+  )
+  assert (
+    loop.train(cfg, stage(), tmp_path, settings={"stage": "tokenizer"}) == 0
+  )
+  made = train_runs.state(tmp_path, cfg.steps)
+  codes, average = made["params/vq/codebook"], made["ema/vq/codebook"]
+  assert 0 < np.abs(average - codes).max() < 0.05

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -233,8 +234,7 @@ class _Run:
       for name in ("loss", "grad_norm", "param_norm")
       if not np.isfinite(metrics[name]).all()
     ]
-    every = self.cfg.report.log_every
-    if wrong or self.step % every == 0 or self.step == self.cfg.steps:
+    if wrong or self._is_logged(self.step):
       self._judge_records()
       name = self.cfg.phases[self.cfg.phase_at(self.step - 1)[0]].name
       self._log(metrics, name)
@@ -246,6 +246,15 @@ class _Run:
         f"checkpoint is of step {kept[-1] if kept else 'none'}; lower the "
         "learning rate or look at the data of this step"
       )
+
+  def _is_logged(self, step: int) -> bool:
+    every, of_rollout = self.cfg.report.log_every, self.stage.collected_steps
+    if step % every == 0 or step == self.cfg.steps:
+      return True
+    # Metrics of a rollout come with its first step: that is logged too where
+    # another step of the rollout is.
+    at = step - 1
+    return at % of_rollout == 0 and (at + of_rollout) // every > at // every
 
   def _log(self, metrics, phase):
     values = {
@@ -328,10 +337,15 @@ class _Run:
     self._read()
     with self.meter.paused():
       tree, extra = prepare(self._params(), self.state["extra"], batches)
-    flat = flatten(tree)
-    self.state["params"] = {
+    flat, before = flatten(tree), self.state["params"]
+    self.state["params"] = after = {
       path: jax.device_put(flat[path], self.layout.sharding(path))
-      for path in self.state["params"]
+      for path in before
+    }
+    # The average of what was set anew begins anew.
+    self.state["ema"] = {
+      path: jnp.where(after[path] == before[path], x, after[path])
+      for path, x in self.state["ema"].items()
     }
     self.state["extra"] = extra
 

@@ -107,6 +107,8 @@ class Stage:
       of a step that the parameters make themselves, such as a rollout, whole
       in every process; and what is carried on, saved with the state.
       `measure` is the program's, of such rows.
+    collected_steps: steps that `collect` makes rows for at once; its metrics
+      come with the first of them.
     evaluate: (params, step) -> metrics, where held-out rows are not enough.
     curves: prefix of metrics that are drawn over steps; "": of none.
     close: called at the end, however it comes.
@@ -120,6 +122,7 @@ class Stage:
   export: Callable[[Params, Any], None] | None = None
   prepare: Mapping[int, Callable] = dataclasses.field(default_factory=dict)
   collect: Callable | None = None
+  collected_steps: int = 1
   evaluate: Callable[[Params, int], Mapping[str, float]] | None = None
   curves: str = ""
   close: Callable[[], None] = lambda: None

@@ -95,6 +95,7 @@ def stage(
       opened, out, {"ar": params[POLICY]}
     ),
     collect=run.collect,
+    collected_steps=cfg.options.minibatches * cfg.options.epochs,
     evaluate=run.evaluate if cfg.eval_data else None,
     curves="reward/",
     close=run.close,
