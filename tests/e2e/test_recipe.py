@@ -1,8 +1,8 @@
 """The recipe: every stage learns the drawn world and the next goes on from it.
 
-Figures are of held-out signs and posters, with words that no training image
-shows. The quick form gives every stage about a minute; `-m slow` runs the
-configs as they stand, an hour or more on 2 CPU cores. Given another sign's
+Figures are of signs and posters with words that no training image shows. The
+quick form gives every stage about a minute; `-m slow` runs the configs as they
+stand, an hour on 2 CPU cores. Given another sign's
 codes, a language model as good as the tokenizer's gets 0.51 of the answers'
 tokens: what is in every caption, and the ends of answers.
 """

@@ -304,7 +304,7 @@ def test_vae_stage_exports_a_flux1_folder(tmp_path):
   left = np.asarray(shown[0].image)[:, :96]
   again = stage.preview(changed, 5)
   assert (np.asarray(again[0].image)[:, :96] == left).all()
-  assert again[0].caption.startswith("signs/held-out/0")
+  assert again[0].caption.startswith("signs/validation/0")
 
 
 @pytest.mark.parametrize("size", ["7b", "tiny"])
