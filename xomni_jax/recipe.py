@@ -75,6 +75,23 @@ _POLL = 0.5  # s
 _SAY = 30.0  # s between lines where there is no terminal
 
 
+class Wanted(NamedTuple):
+  """Which recipe: what a folder of runs is of.
+
+  Attributes:
+    quick: minutes, to see that all of it runs.
+    seed: of every stage.
+    base: runs/ whose models before reinforcement learning are taken; None:
+      they are made here.
+    rl_steps: of reinforcement learning; None: as its config says.
+  """
+
+  quick: bool = False
+  seed: int = 0
+  base: pathlib.Path | None = None
+  rl_steps: int | None = None
+
+
 class Job(NamedTuple):
   """A process of the recipe.
 
@@ -121,7 +138,15 @@ def main(argv: list[str]) -> int:
     help="runs/ of a recipe that is done: its models before reinforcement "
     "learning are taken, and only what comes after is trained",
   )
+  parser.add_argument(
+    "--rl-steps",
+    type=int,
+    metavar="N",
+    help="of reinforcement learning, instead of those of its config",
+  )
   args = parser.parse_args(argv)
+  if args.rl_steps is not None and args.rl_steps < 1:
+    raise InputError(f"--rl-steps is {args.rl_steps}, expected 1 or more")
   if not _CONFIGS.is_dir():
     raise InputError(
       f"{_CONFIGS}: no such folder; run the recipe from a clone of the "
@@ -132,32 +157,32 @@ def main(argv: list[str]) -> int:
   base = pathlib.Path(args.base).resolve() if args.base else None
   if base:
     _check_base(base, runs)
-  asked = {"quick": args.quick, "seed": args.seed, "base": base}
-  with _claim(runs, asked) as log:
+  wanted = Wanted(args.quick, args.seed, base, args.rl_steps)
+  with _claim(runs, wanted) as log:
     if base and not (runs / "codes").is_symlink():
       # Which configs name as runs/codes.
       (runs / "codes").symlink_to(base / "codes")
-    _run_all(args, out, base, log)
+    _run_all(wanted, args.control, out, log)
   return 0
 
 
-def _run_all(args, out, base, log):
+def _run_all(wanted, control, out, log):
   """All jobs that are not done yet."""
   # A stop asked for politely reaches the stage, which saves.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   start = time.monotonic()
   runs = out / "runs"
-  before = base or runs  # of reinforcement learning
-  todo = jobs(args.quick, args.seed, base)
-  count = len(todo) + args.control
+  before = wanted.base or runs  # of reinforcement learning
+  todo = jobs(wanted)
+  count = len(todo) + control
   for i, job in enumerate(todo, 1):
     if not (runs / job.leaves).exists():
       run(job, out, log, f"[{i}/{count}]", start)
   made = runs / "tiny"
   if not made.exists():
     assemble(before, runs / "grpo" / "model", made)
-  if args.control and not (runs / "control" / "model").exists():
-    job = _control(before, runs / "grpo", args.seed)
+  if control and not (runs / "control" / "model").exists():
+    job = _control(before, runs / "grpo", wanted.seed)
     run(job, out, log, f"[{count}/{count}]", start)
   minutes, seconds = divmod(round(time.monotonic() - start), 60)
   print(f"{made}: the model; {minutes} min {seconds:02d} s")
@@ -178,24 +203,24 @@ def _check_base(base, runs):
 
 
 @contextlib.contextmanager
-def _claim(runs: pathlib.Path, asked: dict[str, Any]):
-  """Makes the folder of runs ours, for what is asked; yields its log.
+def _claim(runs: pathlib.Path, wanted: Wanted):
+  """Makes the folder of runs ours, for what is wanted; yields its log.
 
   Raises:
     InputError: it holds what something else made, or a process still writes.
   """
-  asked = json.loads(json.dumps(asked, default=str))
+  ours = json.loads(json.dumps(wanted._asdict(), default=str))
   path = runs / _ASKED
   there = json.loads(path.read_text()) if path.exists() else None
-  names = {job.leaves.split("/")[0] for job in jobs(False, 0)}
+  names = {job.leaves.split("/")[0] for job in jobs(Wanted())}
   if there is None and any((runs / name).exists() for name in names):
     raise InputError(
       f"{runs} holds runs that no recipe made; name another --out"
     )
-  if there not in (None, asked):
+  if there not in (None, ours):
     raise InputError(
       f"{runs} holds the recipe of {json.dumps(there)}, not of "
-      f"{json.dumps(asked)}; name another --out"
+      f"{json.dumps(ours)}; name another --out"
     )
   runs.mkdir(parents=True, exist_ok=True)
   with (runs / _LOG).open("ab") as log:
@@ -207,27 +232,23 @@ def _claim(runs: pathlib.Path, asked: dict[str, Any]):
         f"{runs} is being written to by another recipe, or by a stage that one "
         "left running; wait for it or stop it"
       ) from None
-    path.write_text(json.dumps(asked) + "\n")
+    path.write_text(json.dumps(ours) + "\n")
     yield log
 
 
-def jobs(quick: bool, seed: int, base: pathlib.Path | None = None) -> list[Job]:
-  """What is run, in order.
-
-  Args:
-    base: runs/ whose models before reinforcement learning are taken.
-  """
-  if base:
-    return [_stage(stage, quick, seed, base) for stage in _RL]
+def jobs(wanted: Wanted) -> list[Job]:
+  """What is run, in order."""
+  if wanted.base:
+    return [_stage(stage, wanted) for stage in _RL]
   found = []
   for stage in _STARTS:
     if stage == "pretrain":
       found += [
-        _codes(level, split, counts[quick])
+        _codes(level, split, counts[wanted.quick])
         for level, splits in _CODES.items()
         for split, counts in splits.items()
       ]
-    found.append(_stage(stage, quick, seed))
+    found.append(_stage(stage, wanted))
   return found
 
 
@@ -257,7 +278,7 @@ def _control(base: pathlib.Path, rl: pathlib.Path, seed: int) -> Job:
   each, all_ = statistics.median(_step_seconds(base / "sft")), _step_seconds(rl)
   # Medians leave compilation out.
   steps = max(1, round(len(all_) * statistics.median(all_) / each))
-  job = _stage("sft", False, seed + _CONTROL_SEED)
+  job = _stage("sft", Wanted(seed=seed + _CONTROL_SEED))
   return Job(
     "control",
     (
@@ -284,12 +305,11 @@ def _step_seconds(run: pathlib.Path) -> list[float]:
   return found
 
 
-def _stage(
-  stage: str, quick: bool, seed: int, base: pathlib.Path | str = "runs"
-) -> Job:
+def _stage(stage: str, wanted: Wanted) -> Job:
+  base = wanted.base or "runs"
   settings = [f"init.{n}={base}/{left}" for n, left in _STARTS[stage].items()]
-  settings.append(f"seed={seed}")
-  if quick:
+  settings.append(f"seed={wanted.seed}")
+  if wanted.quick:
     steps = [s for s in _QUICK[stage] if ".steps=" in s]
     total = sum(int(s.rpartition("=")[2]) for s in steps)
     settings += _QUICK[stage]
@@ -301,6 +321,8 @@ def _stage(
         "checkpoint.every",
       )
     ]
+  if stage in _RL and wanted.rl_steps:
+    settings.append(f"phases.1_all.steps={wanted.rl_steps}")
   return Job(
     stage,
     (

@@ -34,12 +34,14 @@ def test_control_trains_for_as_long_as_reinforcement_learning(tmp_path):
 
 
 def test_base_leaves_reinforcement_learning_alone(tmp_path):
-  (job,) = recipe.jobs(quick=False, seed=2, base=tmp_path)
+  wanted = recipe.Wanted(seed=2, base=tmp_path, rl_steps=150)
+  (job,) = recipe.jobs(wanted)
   assert job.name == "grpo"
   assert "--workdir=runs/grpo" in job.argv
   assert f"--config.init.model={tmp_path}/sft/model" in job.argv
   assert f"--config.init.flux={tmp_path}/decoder/flux1" in job.argv
   assert "--config.seed=2" in job.argv
+  assert "--config.phases.1_all.steps=150" in job.argv
 
 
 def _base(folder):
@@ -75,7 +77,9 @@ def _no_jobs(monkeypatch):
   return ran
 
 
-@pytest.mark.parametrize("other", [["--quick"], ["--seed", "1"], ["--base"]])
+@pytest.mark.parametrize(
+  "other", [["--quick"], ["--seed", "1"], ["--rl-steps", "9"], ["--base"]]
+)
 def test_folder_of_another_recipe_is_refused(tmp_path, monkeypatch, other):
   ran, out = _no_jobs(monkeypatch), str(tmp_path / "out")
   recipe.main(["--out", out])
@@ -117,7 +121,9 @@ def test_stage_that_a_killed_recipe_left_running_is_waited_for(
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_settings_of_all_stages_are_accepted(quick):
-  stages = [j for j in recipe.jobs(quick, 0) if j.argv[0] == "train"]
+  stages = [
+    j for j in recipe.jobs(recipe.Wanted(quick)) if j.argv[0] == "train"
+  ]
   assert len(stages) == 6
   for job in stages:
     given = dict(a.lstrip("-").split("=", 1) for a in job.argv[1:])
