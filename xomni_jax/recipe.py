@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from xomni_jax.errors import InputError, RunError
 from xomni_jax.inference import shipped
