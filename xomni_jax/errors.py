@@ -1,5 +1,7 @@
 """What ends a command with one line instead of a traceback."""
 
+import argparse
+
 
 class InputError(ValueError):
   """Bad input from a user: a file, a config, an argument or a record.
@@ -14,3 +16,10 @@ class RunError(Exception):
 
   The message is one line; what was saved before stays.
   """
+
+
+class ArgumentParser(argparse.ArgumentParser):
+  """Bad arguments are an InputError: one line, without the usage."""
+
+  def error(self, message):
+    raise InputError(f"{message} (see {self.prog} --help)")

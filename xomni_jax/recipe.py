@@ -5,7 +5,6 @@ what they leave together. A stage that is done is not run again, and one that
 was stopped goes on from its newest checkpoint.
 """
 
-import argparse
 import contextlib
 import fcntl
 import json
@@ -18,7 +17,7 @@ import sys
 import time
 from typing import IO, NamedTuple
 
-from xomni_jax.errors import InputError, RunError
+from xomni_jax.errors import ArgumentParser, InputError, RunError
 from xomni_jax.inference import shipped
 
 _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -113,7 +112,7 @@ def main(argv: list[str]) -> int:
     InputError: bad arguments, or no configs to go by.
     RunError: a stage failed.
   """
-  parser = argparse.ArgumentParser(
+  parser = ArgumentParser(
     prog="xomni recipe",
     description="Train the tiny model that ships: autoencoder, tokenizer, "
     "diffusion decoder, pretraining, fine-tuning, reinforcement learning. "

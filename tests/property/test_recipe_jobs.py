@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from xomni_jax import recipe
+from xomni_jax import cli, recipe
 from xomni_jax.errors import InputError
 from xomni_jax.training import configure
 
@@ -61,6 +61,13 @@ def test_base_that_lacks_something_is_refused(tmp_path, lost):
   with pytest.raises(InputError, match=f"has no {lost}"):
     recipe.main(["--base", str(base), "--out", str(out)])
   assert not out.exists()
+
+
+def test_bad_arguments_are_one_line(capsys):
+  for argv in (["--bogus"], ["--seed", "x"], ["--rl-steps", "0"]):
+    assert cli.main(["recipe", *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("xomni recipe: error: ") and argv[0] in line
 
 
 def test_base_is_not_what_is_written_to(tmp_path):

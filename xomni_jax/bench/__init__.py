@@ -41,15 +41,10 @@ from xomni_jax.bench import (
 )
 from xomni_jax.config import Compute
 from xomni_jax.config_files import load_architecture
-from xomni_jax.errors import InputError
+from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.training import configure
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise InputError(message)
 
 
 def main(argv: list[str]) -> int:
@@ -72,7 +67,9 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv):
-  parser = _Parser(prog="xomni bench", description=__doc__.split("\n\n")[0])
+  parser = ArgumentParser(
+    prog="xomni bench", description=__doc__.split("\n\n")[0]
+  )
   add = parser.add_argument
   add(
     "--size",

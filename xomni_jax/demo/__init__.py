@@ -5,7 +5,6 @@ it never saw; then GRPO runs for a while, rewarded by OCR, and it draws them
 again.
 """
 
-import argparse
 import collections
 import pathlib
 import subprocess
@@ -21,7 +20,7 @@ from xomni_jax.data import prompts as prompts_lib
 from xomni_jax.data import world
 from xomni_jax.data.images import codes_picture
 from xomni_jax.demo import page
-from xomni_jax.errors import InputError, RunError
+from xomni_jax.errors import ArgumentParser, InputError, RunError
 from xomni_jax.inference import sheets
 from xomni_jax.rewards import ocr, wire
 
@@ -71,7 +70,7 @@ def main(argv: list[str]) -> int:
     InputError: bad arguments, or no configs to train by.
     RunError: the training failed.
   """
-  parser = argparse.ArgumentParser(prog="xomni demo", description=__doc__)
+  parser = ArgumentParser(prog="xomni demo", description=__doc__)
   parser.add_argument(
     "--prompt", action="append", default=[], help="to draw too; repeat it"
   )

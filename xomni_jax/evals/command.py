@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from xomni_jax.errors import InputError
+from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.evals import (
   answers,
   asked,
@@ -35,11 +35,6 @@ from xomni_jax.inference import loading
 _MODELS = (best_of_n.SFT, best_of_n.RL, best_of_n.CONTROL)
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise InputError(f"{message} (see {self.prog} --help)")
-
-
 def main(argv: list[str]) -> int:
   """Runs one measurement; returns the exit status.
 
@@ -53,9 +48,9 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv):
-  parser = _Parser(prog="xomni eval", description=__doc__.split("\n")[0])
+  parser = ArgumentParser(prog="xomni eval", description=__doc__.split("\n")[0])
   verbs = parser.add_subparsers(
-    required=True, metavar="WHAT", parser_class=_Parser
+    required=True, metavar="WHAT", parser_class=ArgumentParser
   )
 
   def verb(name, run, text):

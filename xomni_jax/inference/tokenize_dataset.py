@@ -22,7 +22,7 @@ from tqdm import tqdm
 from xomni_jax.config import TransformConfig
 from xomni_jax.data import fields, images, records, sequences, text_ops
 from xomni_jax.data.pipeline import BadRecords
-from xomni_jax.errors import InputError
+from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.inference.pipeline import Model
 from xomni_jax.train_config import SourceConfig
 
@@ -89,13 +89,8 @@ def main(argv: list[str]) -> int:
   return 0
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise InputError(message)
-
-
 def _parse(argv):
-  parser = _Parser(
+  parser = ArgumentParser(
     prog="xomni tokenize-dataset",
     description="Turn the images of a source into shards of code records.",
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -13,7 +13,7 @@ import pathlib
 import jax
 
 from xomni_jax.config_files import load_architecture
-from xomni_jax.errors import InputError
+from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.plan.compiling import LIBTPU, Plan, Target, mesh_of, open_target
 from xomni_jax.plan.inference import plan_decode, plan_flux
 
@@ -83,13 +83,8 @@ def _inference(args):
   ]
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise InputError(message)
-
-
 def _parse(argv):
-  parser = _Parser(
+  parser = ArgumentParser(
     prog="xomni plan",
     description="Compile for TPUs without one; print bytes per device.",
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,

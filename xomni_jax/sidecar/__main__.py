@@ -5,18 +5,17 @@ python -m xomni_jax.sidecar --config configs/sidecar.py --app ocr
 Sets up nothing; launch/sidecar.sh makes an environment for each reward.
 """
 
-import argparse
 import socket
 import sys
 
-from xomni_jax.errors import InputError
+from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.sidecar import engines, settings
 
 
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit status: 0, or 2 for bad input."""
-  args = _parser().parse_args(argv)
   try:
+    args = _parser().parse_args(argv)
     app = settings.read_app(args.config, args.app, args.set)
     token = app.token()
     if args.no_ray:
@@ -64,7 +63,7 @@ def serve_alone(app: settings.App, token: str, reward=None) -> None:
 
 
 def _parser():
-  parser = argparse.ArgumentParser(
+  parser = ArgumentParser(
     prog="python -m xomni_jax.sidecar", description="Serves one reward."
   )
   parser.add_argument(

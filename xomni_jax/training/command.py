@@ -5,13 +5,8 @@ import pathlib
 
 import jax
 
-from xomni_jax.errors import InputError
+from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.training import build, configure, loop
-
-
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise InputError(message)
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv):
-  parser = _Parser(
+  parser = ArgumentParser(
     prog="xomni train",
     description="Train a stage. Settings of the config are changed by "
     "--config.SECTION.NAME=VALUE.",
