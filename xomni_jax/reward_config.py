@@ -90,7 +90,8 @@ class RewardConfig:
       setting of its own.
     threads: of a local engine.
     model: of the local engine got, folder or hub id; "": the released one.
-    record: file that every reply is appended to; "": none.
+    record: file that every reply is appended to; "": none. Of several processes
+      each has one of its own, "FILE-0.jsonl" and so on, to be joined by `cat`.
   """
 
   name: str

@@ -220,3 +220,11 @@ def test_scores_of_a_rollout_come_in_while_the_next_one_is_drawn(
   )
   train(config, tmp_path, monkeypatch, scorer)
   assert met == [True, True]
+
+
+def test_processes_record_replies_in_files_of_their_own(monkeypatch):
+  reward = RewardConfig("ocr", "local:ocr", record="runs/replies.jsonl")
+  assert rewarding._recorded(reward) == reward
+  monkeypatch.setattr(rewarding.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(rewarding.jax, "process_index", lambda: 1)
+  assert rewarding._recorded(reward).record == "runs/replies-1.jsonl"

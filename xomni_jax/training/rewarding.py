@@ -8,6 +8,7 @@ processes. On the fused path a callback asks inside the program that paints.
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import pathlib
 import threading
 import time
@@ -85,7 +86,7 @@ class Rewarder:
     self._rewards, self._cfg, self._group_size = rewards, cfg, group_size
     self._over = threading.Event()
     self._scorers = {
-      r.name: _reliable(open_scorer(r, text_backend, self._over))
+      r.name: _reliable(open_scorer(_recorded(r), text_backend, self._over))
       for r in rewards
     }
     # Engines in this process are asked by one thread at a time.
@@ -290,6 +291,15 @@ def _reliable(scorer):
       return [wire.failed(item.id, "client", message) for item in items]
 
   return score
+
+
+def _recorded(reward: RewardConfig) -> RewardConfig:
+  """Hosts that append to one file of a network may lose lines."""
+  if not reward.record or jax.process_count() == 1:
+    return reward
+  path = pathlib.Path(reward.record)
+  own = path.with_stem(f"{path.stem}-{jax.process_index()}")
+  return dataclasses.replace(reward, record=str(own))
 
 
 def _about(reward: RewardConfig) -> str:
