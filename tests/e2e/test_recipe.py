@@ -119,7 +119,7 @@ def test_decoder_paints_codes(recipe):
   """Velocity loss; 1 is what predicting nothing gets, and noise more."""
   level, runs = recipe
   metrics = held_out(runs, "decoder")
-  assert metrics["loss"] < {"quick": 0.35, "whole": 0.06}[level]
+  assert metrics["loss"] < {"quick": 0.35, "whole": 0.07}[level]
 
 
 def test_recipe_leaves_a_model_before_and_after_rl(recipe, monkeypatch):
