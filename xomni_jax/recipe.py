@@ -70,7 +70,7 @@ _QUICK = {
 }
 _RL = ("grpo",)  # what --base leaves to be trained
 _CONTROL_SEED = 1000  # added: other records, in another order, than before
-_POLL = 0.5  # s
+_POLL, _PATIENCE = 0.5, 10.0  # s
 _SAY = 30.0  # s between lines where there is no terminal
 
 
@@ -223,16 +223,29 @@ def _claim(runs: pathlib.Path, wanted: Wanted):
     )
   runs.mkdir(parents=True, exist_ok=True)
   with (runs / _LOG).open("ab") as log:
-    try:
-      # Jobs inherit it: a recipe killed alone leaves its stage running.
-      fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    # Jobs inherit it: a recipe killed alone leaves its stage running.
+    if not _lock(log):
       raise InputError(
         f"{runs} is being written to by another recipe, or by a stage that one "
         "left running; wait for it or stop it"
-      ) from None
+      )
     path.write_text(json.dumps(ours) + "\n")
     yield log
+
+
+def _lock(file: IO[bytes]) -> bool:
+  """Whether nobody else has it, or soon gives it up: a stage that is killed
+  lives on for a moment."""
+  end = time.monotonic() + _PATIENCE
+  while True:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      if time.monotonic() > end:
+        return False
+      time.sleep(_POLL)
+    else:
+      return True
 
 
 def jobs(wanted: Wanted) -> list[Job]:

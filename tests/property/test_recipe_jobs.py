@@ -3,6 +3,7 @@
 import fcntl
 import json
 import subprocess
+import threading
 
 import pytest
 
@@ -112,6 +113,7 @@ def test_stage_that_a_killed_recipe_left_running_is_waited_for(
   tmp_path, monkeypatch
 ):
   ran = _no_jobs(monkeypatch)
+  monkeypatch.setattr(recipe, "_PATIENCE", 0.0)
   (tmp_path / "runs").mkdir()
   # A stage has the log as its standard output.
   with (tmp_path / "runs" / "recipe.log").open("ab") as log:
@@ -120,8 +122,9 @@ def test_stage_that_a_killed_recipe_left_running_is_waited_for(
   with pytest.raises(InputError, match="left running"):
     recipe.main(["--out", str(tmp_path)])
   assert not ran
-  stage.kill()
-  stage.wait()
+  # One that is about to end is waited for.
+  monkeypatch.setattr(recipe, "_PATIENCE", 60.0)
+  threading.Timer(1.0, stage.kill).start()
   recipe.main(["--out", str(tmp_path)])
   assert ran
 
