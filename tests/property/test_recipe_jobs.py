@@ -127,6 +127,7 @@ def test_stage_that_a_killed_recipe_left_running_is_waited_for(
   threading.Timer(1.0, stage.kill).start()
   recipe.main(["--out", str(tmp_path)])
   assert ran
+  stage.wait()
 
 
 @pytest.mark.parametrize("quick", [False, True])
