@@ -24,7 +24,7 @@ _CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 _LOG, _ASKED = "recipe.log", "recipe.json"
 # Of images that become codes, of each level: {split: (whole, quick)}.
 _CODES = {
-  "signs": {"train": (20_000, 1_200), "validation": (1_000, 100)},
+  "signs": {"train": (20_000, 2_000), "validation": (1_000, 100)},
   "posters": {"train": (10_000, 300), "validation": (500, 50)},
 }
 _SHARD = 1024
@@ -46,18 +46,18 @@ _QUICK = {
   ),
   "tokenizer": (
     # Posters take longer: of them it only sees that they go through.
-    "phases.1_signs.steps=340",
+    "phases.1_signs.steps=420",
     "phases.2_all.steps=10",
     "phases.2_all.warmup_steps=5",
     "eval_data.sources=({'path': 'world:signs:held-out', 'task': 'image'},)",
-    "options.quantise_from=150",
-    "options.revive_until=300",
+    "options.quantise_from=200",
+    "options.revive_until=380",
   ),
   "pretrain": (
     "phases.1_vision.steps=30",
     "phases.2_read.steps=20",
     "phases.3_draw.steps=100",
-    "phases.4_all.steps=30",
+    "phases.4_all.steps=60",
     "phases.5_anneal.steps=30",
   ),
   "sft": (
