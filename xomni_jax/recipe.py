@@ -63,7 +63,7 @@ _QUICK = {
   "sft": (
     "phases.1_answer.steps=10",
     "phases.1_answer.warmup_steps=0",
-    "phases.2_all.steps=30",
+    "phases.2_all.steps=60",
   ),
   "decoder": ("phases.1_all.steps=180",),
   "grpo": ("phases.1_all.steps=2", "phases.1_all.warmup_steps=0"),
@@ -229,7 +229,8 @@ def _claim(runs: pathlib.Path, wanted: Wanted):
         f"{runs} is being written to by another recipe, or by a stage that one "
         "left running; wait for it or stop it"
       )
-    path.write_text(json.dumps(ours) + "\n")
+    if there is None:
+      path.write_text(json.dumps(ours) + "\n")
     yield log
 
 
