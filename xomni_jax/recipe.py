@@ -56,9 +56,9 @@ _QUICK = {
   "pretrain": (
     "phases.1_vision.steps=30",
     "phases.2_read.steps=20",
-    "phases.3_draw.steps=100",
+    "phases.3_draw.steps=150",
     "phases.4_all.steps=60",
-    "phases.5_anneal.steps=30",
+    "phases.5_anneal.steps=60",
   ),
   "sft": (
     "phases.1_answer.steps=10",
