@@ -240,10 +240,12 @@ def test_shapes_and_text_do_not_overlap():
 
 def test_prompts_have_each_line_verbatim_in_order(records):
   starts = collections.Counter()
-  for rs in records.values():
-    for record in rs:
+  for split, rs in records.items():
+    source = open_world("posters", split)
+    for i, record in enumerate(rs):
       quoted = re.findall('"([^"]*)"', record["prompt"])
-      assert quoted == said(record) == [box[0] for box in record["boxes"]]
+      assert quoted == [*source.sign(i).lines]
+      assert said(record) == [box[0] for box in record["boxes"]]
       assert answers(record)["Which colour is the board?"] in record["prompt"]
       starts[record["prompt"].split()[0].strip('",')] += 1
   assert {"A", "Draw", "Please"} <= starts.keys()
@@ -294,7 +296,6 @@ def test_posters_are_a_function_of_split_and_index():
     assert ours.pop("image").tobytes() == theirs.pop("image").tobytes()
     assert ours == theirs and ours["key"] == source.name(i)
     assert ours["prompt"] == source.prompt(i)
-    assert source.sign(i).lines == tuple(said(ours))
     assert (ours["width"], ours["height"]) == source.size(i) == (128, 208)
     assert source[i]["image"].size == source.size(i)
   assert source[0]["text"] != open_world("posters", "test")[0]["text"]
@@ -310,7 +311,7 @@ def test_posters_texts_are_the_same_on_every_machine():
     f"{r['text']}|{r['prompt']}" for r in map(source.__getitem__, range(200))
   )
   digest = hashlib.sha256(lines.encode()).hexdigest()
-  assert digest[:16] == "11870a5bd041c33c"
+  assert digest[:16] == "a08c29c6b3d8daa1"
 
 
 def test_kinds_group_signs_by_text_and_posters_by_lines():

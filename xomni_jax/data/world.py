@@ -4,6 +4,11 @@ Level "signs" has one or two words in colour on a coloured board, sometimes
 with a shape; level "posters" 4 to 6 lines; level "signs-zh" signs in Chinese.
 Every character fills one fixed cell of 16 px, the size of an image token, so
 that even the smallest model can learn to read and write them.
+
+As on the web, training images are not always what was asked for: 6 % of their
+lines have one character wrong. Captions and answers tell what is there. A model
+that learns from them alone misspells as often, so that guidance and rewards
+have something to mend.
 """
 
 import dataclasses
@@ -80,19 +85,22 @@ class World:
       key: `name(i)`.
       image: PIL RGB, 96 x 96 px of a sign, 128 x 208 of a poster.
       text: a caption with everything there is.
-      prompt: a wording that asks for the image, which may leave colours out.
+      prompt: a wording that asks for `sign(i)`, which may leave colours out.
       qa: [question, answer] pairs, many of them about single characters.
       boxes: [line, x0, y0, x1, y1], the cells of each line in px.
       width, height: in px.
     """
     level = _LEVELS[self.level]
-    shown, pick = self._draw(i)
+    wanted, pick = self._draw(i)
+    shown = wanted
+    if self.split == "train":
+      shown = level.misspelt(wanted, Picks(i, f"{self.level}/misspelt"))
     width, height = level.SIZE
     return {
       "key": self.name(i),
       "image": level.paint(shown),
       "text": level.caption(shown),
-      "prompt": level.prompt(shown, pick),
+      "prompt": level.prompt(wanted, pick),
       "qa": level.questions(shown),
       "boxes": level.boxes(shown),
       "width": width,
@@ -100,7 +108,10 @@ class World:
     }
 
   def sign(self, i: int) -> Sign | Poster:
-    """What image i shows; its `lines` are what a reader should find."""
+    """What prompt i asks for; its `lines` are what a reader should find.
+
+    In split "train" the image may be misspelt.
+    """
     return self._draw(i)[0]
 
   def prompt(self, i: int) -> str:
@@ -108,7 +119,7 @@ class World:
     return _LEVELS[self.level].prompt(*self._draw(i))
 
   def _draw(self, i):
-    """What image i shows, and the choices that are left."""
+    """What prompt i asks for, and the choices that are left."""
     self._check(i)
     pick = Picks(i, f"{self.level}/{self.split}")
     return _LEVELS[self.level].draw(pick, self.split), pick

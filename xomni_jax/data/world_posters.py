@@ -13,7 +13,13 @@ from PIL import Image
 
 from xomni_jax.data import world_paint
 from xomni_jax.data.world_paint import CELL
-from xomni_jax.data.world_words import DIGITS, Picks, draw_code, words_of
+from xomni_jax.data.world_words import (
+  DIGITS,
+  Picks,
+  draw_code,
+  misspell,
+  words_of,
+)
 
 LANG = "en"
 COLUMNS, ROWS = 8, 13
@@ -104,6 +110,11 @@ def _draw_line(pick, kind, split):
   first = pick(words_of(split, 3))
   second = pick(words_of("train", _LONGEST - 1 - len(first)))
   return " ".join(pick(((first, second), (second, first))))
+
+
+def misspelt(poster: Poster, pick: Picks) -> Poster:
+  """The poster as a careless painter writes it."""
+  return poster._replace(lines=tuple(misspell(x, pick) for x in poster.lines))
 
 
 def paint(poster: Poster) -> Image.Image:

@@ -8,7 +8,13 @@ from PIL import Image
 
 from xomni_jax.data import world_paint
 from xomni_jax.data.world_paint import CELL
-from xomni_jax.data.world_words import DIGITS, Picks, draw_code, words_of
+from xomni_jax.data.world_words import (
+  DIGITS,
+  Picks,
+  draw_code,
+  misspell,
+  words_of,
+)
 
 LANG = "en"
 CELLS = 6
@@ -72,6 +78,11 @@ def _draw_words(pick, split):
     return first, str(pick(range(10, 100)))
   second = pick(words_of("train", longest))
   return (second, first) if kind == 8 else (first, second)
+
+
+def misspelt(sign: Sign, pick: Picks) -> Sign:
+  """The sign as a careless painter writes it."""
+  return sign._replace(words=tuple(misspell(w, pick) for w in sign.words))
 
 
 def paint(sign: Sign) -> Image.Image:

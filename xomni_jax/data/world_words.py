@@ -10,6 +10,7 @@ import numpy as np
 
 Option = TypeVar("Option")
 LETTERS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
+_MISSPELT = 6  # of 100 lines
 
 
 def word_split(word: str) -> str:
@@ -67,3 +68,20 @@ def draw_code(pick: Picks, length: int) -> str:
     code = "".join(pick(kinds[i % 2]) for i in range(length))
     if word_split(code) == "train":
       return code
+
+
+def misspell(line: str, pick: Picks) -> str:
+  """A line as a careless painter writes it.
+
+  Of 100 lines 6 have one character that is another, a letter for a letter, a
+  digit for a digit. It makes no held-out word.
+  """
+  if pick(range(100)) >= _MISSPELT:
+    return line
+  while True:
+    at = pick([k for k, character in enumerate(line) if character != " "])
+    wrong = pick(DIGITS if line[at].isdigit() else LETTERS)
+    painted = line[:at] + wrong + line[at + 1 :]
+    splits = {word_split(word) for word in painted.split()}
+    if painted != line and splits == {"train"}:
+      return painted
