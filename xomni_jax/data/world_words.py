@@ -62,10 +62,13 @@ def words_of(split: str, longest: int = 6) -> tuple[str, ...]:
 
 
 def draw_code(pick: Picks, length: int) -> str:
-  """Letters and digits in turn, such as "B7" or "4K2": they spell no word."""
-  kinds = pick(((LETTERS, DIGITS), (DIGITS, LETTERS)))
+  """Letters and digits in any order, such as "B7" or "44KS2".
+
+  No character tells what stands next to it: a tokenizer that is to read them
+  has to tell S from 5 by their looks.
+  """
   while True:
-    code = "".join(pick(kinds[i % 2]) for i in range(length))
+    code = "".join(pick(pick((LETTERS, DIGITS))) for _ in range(length))
     if word_split(code) == "train":
       return code
 
