@@ -130,23 +130,23 @@ _PATIENT = {"deadline": 300.0, "try_seconds": 150.0}
 
 
 def _tiny():
-  """Signs of the drawn world, read by OCR; posters gain from it too."""
+  """Signs and posters of the drawn world, read by OCR."""
   config = _full()
   config |= {
     "global_batch": 64,  # 8 prompts of 8
     "phases": {
       "1_all": {
-        "steps": 50,
+        "steps": 40,
         "train": ("ar/",),
         "warmup_steps": 5,
         "decay": "linear",
       },
     },
-    "data": {"sources": _signs("train")},
+    "data": {"sources": _world("train")},
     "eval_data": {
       "shuffle": False,
       # Words that no training image shows.
-      "sources": _signs("validation"),
+      "sources": _world("validation"),
     },
     "checkpoint": {"every": 20},
     "report": {
@@ -162,13 +162,13 @@ def _tiny():
   }
   config["optim"] |= {"lr": 4e-4, "b2": 0.98}
   config["options"] |= {
-    "sizes": ((96, 96),),
+    "sizes": ((96, 96), (208, 128)),
     "group_size": 8,
     # Groups differ more often than at 1, and what is learned holds there.
     "temperature": 1.2,
     "min_p": 0.0,
     "overlap": 0,
-    "prompt_len": 40,
+    "prompt_len": 80,
     "sample_rows": 0,
     "rollout_mesh": (),
     "paint_rows": 32,
@@ -183,5 +183,9 @@ def _tiny():
   return config
 
 
-def _signs(split):
-  return ({"path": f"world:signs:{split}", "task": "prompt"},)
+def _world(split):
+  source = {"task": "prompt"}
+  return (
+    {**source, "path": f"world:signs:{split}", "weight": 0.6},
+    {**source, "path": f"world:posters:{split}", "weight": 0.4},
+  )

@@ -164,7 +164,7 @@ def _tiny():
         "train": ("ar/",),
         "data": {**data, "sources": drawing},
       },
-      "4_all": {"steps": 600, "train": ("ar/",)},
+      "4_all": {"steps": 500, "train": ("ar/",)},
       "5_anneal": {"steps": 400, "train": ("ar/",), "decay": "linear"},
     },
     "data": {**data, "sources": mixture},

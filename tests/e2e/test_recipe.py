@@ -1,10 +1,11 @@
 """The recipe: every stage learns the drawn world and the next goes on from it.
 
 Figures are of signs and posters with words that no training image shows. The
-quick form gives every stage about a minute; `-m slow` runs the configs as they
-stand, an hour on 2 CPU cores. Given another sign's
-codes, a language model as good as the tokenizer's gets 0.51 of the answers'
-tokens: what is in every caption, and the ends of answers.
+quick form gives every stage half a minute: losses are to be well below what
+knowing nothing gets, no more. `-m slow` runs the configs as they stand, an hour
+on 2 CPU cores. Given another sign's codes, a language model as good as the
+tokenizer's gets 0.51 of the answers' tokens: what is in every caption, and the
+ends of answers.
 """
 
 import json
@@ -90,36 +91,36 @@ def held_out(runs, stage):
 def test_vae_rebuilds_signs(recipe):
   level, runs = recipe
   metrics = held_out(runs, "vae")
-  assert metrics["psnr_db"] > {"quick": 18.0, "whole": 37.0}[level]
+  assert metrics["psnr_db"] > {"quick": 15.0, "whole": 37.0}[level]
 
 
 def test_tokenizer_reads_through_its_codes(recipe):
   level, runs = recipe
   metrics = held_out(runs, "tokenizer")
   quick = level == "quick"
-  assert metrics["answer_accuracy"] > (0.58 if quick else 0.92)
+  assert metrics["answer_accuracy"] > (0.4 if quick else 0.92)
   # Of 512, in a batch of 576 cells.
-  assert metrics["vq/codes_used"] > (60 if quick else 100)
+  assert metrics["vq/codes_used"] > (30 if quick else 100)
 
 
 def test_pretraining_predicts_codes_of_unseen_signs(recipe):
   level, runs = recipe
   metrics = held_out(runs, "pretrain")
-  assert metrics["image_loss"] < {"quick": 0.9, "whole": 0.1}[level]
-  assert metrics["image_accuracy"] > {"quick": 0.7, "whole": 0.96}[level]
+  assert metrics["image_loss"] < {"quick": 1.4, "whole": 0.1}[level]
+  assert metrics["image_accuracy"] > {"quick": 0.6, "whole": 0.96}[level]
 
 
 def test_sft_keeps_what_pretraining_learned(recipe):
   level, runs = recipe
   metrics = held_out(runs, "sft")
-  assert metrics["image_loss"] < {"quick": 0.9, "whole": 0.06}[level]
+  assert metrics["image_loss"] < {"quick": 1.4, "whole": 0.06}[level]
 
 
 def test_decoder_paints_codes(recipe):
   """Velocity loss; 1 is what predicting nothing gets, and noise more."""
   level, runs = recipe
   metrics = held_out(runs, "decoder")
-  assert metrics["loss"] < {"quick": 0.35, "whole": 0.07}[level]
+  assert metrics["loss"] < {"quick": 0.85, "whole": 0.07}[level]
 
 
 def test_recipe_leaves_a_model_before_and_after_rl(recipe, monkeypatch):

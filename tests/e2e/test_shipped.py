@@ -46,7 +46,7 @@ def _scores(model, score, level, count):
 def test_shipped_models_write_words_they_never_saw(model, score):
   name, model = model
   exact = np.mean(_scores(model, score, "signs", COUNT) == 1)
-  assert exact > {"tiny": 0.8, "tiny-sft": 0.75}[name]
+  assert exact > {"tiny": 0.85, "tiny-sft": 0.7}[name]
 
 
 def test_shipped_models_write_posters(model, score):

@@ -1,8 +1,8 @@
 """`xomni demo`: the tiny model draws, reads and learns, on one HTML page.
 
 The model before reinforcement learning draws signs and posters that say words
-it never saw; then GRPO runs for a while, rewarded by OCR, and it draws them
-again.
+it never saw; then GRPO runs for a while on signs, rewarded by OCR, and it draws
+them again.
 """
 
 import collections
@@ -28,7 +28,13 @@ _CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "grpo.py"
 # Of each level of the world: prompts that are drawn, of them shown, and images
 # that are asked about.
 _LEVELS = {"signs": (72, 12, 4), "posters": (24, 6, 2)}
-_STEPS = 40  # of reinforcement learning
+# Of reinforcement learning, on signs alone: a poster takes as long as three.
+_STEPS = 40
+_SIGNS = (
+  "data.sources=({'path': 'world:signs:train', 'task': 'prompt'},)",
+  "options.sizes=((96, 96),)",
+  "options.prompt_len=32",
+)
 _QUESTIONS = ("What does it say?", "What colour is it?")
 
 
@@ -187,6 +193,7 @@ def learn(workdir: pathlib.Path, steps: int) -> None:
   settings = (
     "init.model=tiny-sft",
     "init.flux=tiny-sft",
+    *_SIGNS,
     f"phases.1_all.steps={steps}",
     f"phases.1_all.warmup_steps={min(5, steps // 2)}",
     "report.eval_every=0",
@@ -245,8 +252,9 @@ def _drawings(asked, columns, codes, steps):
     "Signs and posters that say words which no training image shows",
     "Of each prompt: the codes that were drawn before (equal colours are equal "
     f"codes), their image, the image after {steps} steps of reinforcement "
-    "learning, and that of the shipped model, which learned for longer. All at "
-    "temperature 1, without guidance. Under them, what OCR read and its reward.",
+    "learning, and that of the shipped model, which learned for longer; all "
+    "at temperature 1, without guidance. Under them is what OCR read, and its "
+    "reward.",
     page.table(("model", "prompts", "mean reward", "read exactly"), rows),
     *map(page.grid, grids.values()),
   )
@@ -265,7 +273,7 @@ def _curve(workdir):
   shown = [page.figure([Image.open(path)], "") for path in pictures[-1:]]
   return page.section(
     "Reinforcement learning",
-    "Each step draws 8 images for each of 8 prompts, a little hotter than "
+    "Each step draws 8 signs for each of 8 prompts, a little hotter than "
     "above; what OCR reads better than its group's mean becomes likelier.",
     page.grid(shown, wide=True),
   )
