@@ -83,6 +83,8 @@ _QUICK = {
   ),
 }
 _RL = ("grpo",)  # what --base leaves to be trained
+SHIPPED = shipped.NAMES[1]  # the --base that comes with the package
+_TIMED = 60  # steps of fine-tuning that tell how long one takes
 _CONTROL_SEED = 1000  # added: other records, in another order, than before
 _POLL, _PATIENCE = 0.5, 10.0  # s
 _SAY = 30.0  # s between lines where there is no terminal
@@ -94,14 +96,14 @@ class Wanted(NamedTuple):
   Attributes:
     quick: minutes, to see that all of it runs.
     seed: of every stage.
-    base: runs/ whose models before reinforcement learning are taken; None:
-      they are made here.
+    base: runs/ whose models before reinforcement learning are taken; SHIPPED:
+      those of the package; None: they are made here.
     rl_steps: of reinforcement learning; None: as its config says.
   """
 
   quick: bool = False
   seed: int = 0
-  base: pathlib.Path | None = None
+  base: pathlib.Path | str | None = None
   rl_steps: int | None = None
 
 
@@ -149,7 +151,8 @@ def main(argv: list[str]) -> int:
     "--base",
     metavar="RUNS",
     help="runs/ of a recipe that is done: its models before reinforcement "
-    "learning are taken, and only what comes after is trained",
+    "learning are taken, and only what comes after is trained; "
+    f"{SHIPPED}: the model that ships",
   )
   parser.add_argument(
     "--rl-steps",
@@ -167,12 +170,13 @@ def main(argv: list[str]) -> int:
     )
   out = pathlib.Path(args.out).resolve()
   runs = out / "runs"
-  base = pathlib.Path(args.base).resolve() if args.base else None
-  if base:
+  base = args.base
+  if base and base != SHIPPED:
+    base = pathlib.Path(base).resolve()
     _check_base(base, runs)
   wanted = Wanted(args.quick, args.seed, base, args.rl_steps)
   with _claim(runs, wanted) as log:
-    if base and not (runs / "codes").is_symlink():
+    if base and base != SHIPPED and not (runs / "codes").is_symlink():
       # Which configs name as runs/codes.
       (runs / "codes").symlink_to(base / "codes")
     _run_all(wanted, args.control, out, log)
@@ -185,17 +189,17 @@ def _run_all(wanted, control, out, log):
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   start = time.monotonic()
   runs = out / "runs"
-  before = wanted.base or runs  # of reinforcement learning
-  todo = jobs(wanted)
+  todo = jobs(wanted, control)
   count = len(todo) + control
   for i, job in enumerate(todo, 1):
     if not (runs / job.leaves).exists():
       run(job, out, log, f"[{i}/{count}]", start)
   made = runs / "tiny"
   if not made.exists():
-    assemble(before, runs / "grpo" / "model", made)
+    before = [_left(wanted, runs, of) for of in _STARTS["grpo"].values()]
+    assemble(*before, runs / "grpo" / "model", made)
   if control and not (runs / "control" / "model").exists():
-    job = _control(before, runs / "grpo", wanted.seed)
+    job = _control(wanted, runs)
     run(job, out, log, f"[{count}/{count}]", start)
   minutes, seconds = divmod(round(time.monotonic() - start), 60)
   print(f"{made}: the model; {minutes} min {seconds:02d} s")
@@ -263,28 +267,40 @@ def _lock(file: IO[bytes]) -> bool:
       return True
 
 
-def jobs(wanted: Wanted) -> list[Job]:
-  """What is run, in order."""
+def jobs(wanted: Wanted, control: bool = False) -> list[Job]:
+  """What is run, in order, up to the model after reinforcement learning.
+
+  Args:
+    control: what the control needs besides is made too.
+  """
   if wanted.base:
-    return [_stage(stage, wanted) for stage in _RL]
+    found = [_stage(stage, wanted) for stage in _RL]
+    if control and wanted.base == SHIPPED:
+      found += [*_codes(wanted, SHIPPED), _timing(wanted)]
+    return found
   found = []
   for stage in _STARTS:
     if stage == "pretrain":
-      found += [
-        _codes(level, split, counts[wanted.quick])
-        for level, splits in _CODES.items()
-        for split, counts in splits.items()
-      ]
+      found += _codes(wanted, "runs/tokenizer/model")
     found.append(_stage(stage, wanted))
   return found
 
 
-def _codes(level: str, split: str, count: int) -> Job:
+def _codes(wanted: Wanted, model: str) -> list[Job]:
+  """Images of the drawn world as codes of a model."""
+  return [
+    _codes_of(level, split, counts[wanted.quick], model)
+    for level, splits in _CODES.items()
+    for split, counts in splits.items()
+  ]
+
+
+def _codes_of(level, split, count, model):
   out = f"codes/{level}/{split}"
   shards = -(-count // _SHARD)
   return Job(
     f"codes of {level}, {split}",
-    ("tokenize-dataset", "--model", "runs/tokenizer/model",
+    ("tokenize-dataset", "--model", model,
      "--source", f"world:{level}:{split}", "--count", str(count),
      "--shard-size", str(_SHARD), "--out", f"runs/{out}"),
     # Shards are made in order, each whole or not at all.
@@ -292,32 +308,47 @@ def _codes(level: str, split: str, count: int) -> Job:
   )  # fmt: skip
 
 
-def _control(base: pathlib.Path, rl: pathlib.Path, seed: int) -> Job:
+def _timing(wanted: Wanted) -> Job:
+  """A little fine-tuning, where nobody knows how long its steps take."""
+  job = _stage("sft", wanted._replace(quick=False))
+  return _tuning(job, "timing", SHIPPED, _TIMED)
+
+
+def _control(wanted: Wanted, runs: pathlib.Path) -> Job:
   """Fine-tuning that goes on for as long as reinforcement learning took.
 
   The time of both is that of their steps, of GRPO's with drawing, painting and
   rewards in it. The rate falls over the whole of it, as in the stage `sft`.
 
   Args:
-    base: runs/ with the models that both start from.
-    rl: reinforcement learning's run.
+    wanted: the recipe; both start from the same model.
+    runs: folder of its runs.
   """
-  each, all_ = statistics.median(_step_seconds(base / "sft")), _step_seconds(rl)
+  timed = runs / "timing"
+  if wanted.base != SHIPPED:
+    timed = pathlib.Path(wanted.base or runs) / "sft"
+  each = statistics.median(_step_seconds(timed))
+  all_ = _step_seconds(runs / "grpo")
   # Medians leave compilation out.
   steps = max(1, round(len(all_) * statistics.median(all_) / each))
-  job = _stage("sft", Wanted(seed=seed + _CONTROL_SEED))
+  job = _stage("sft", Wanted(seed=wanted.seed + _CONTROL_SEED))
+  return _tuning(job, "control", _left(wanted, runs, "sft/model"), steps)
+
+
+def _tuning(job: Job, name: str, model: str | pathlib.Path, steps: int) -> Job:
+  """The stage `sft` from another model, for so many steps."""
   return Job(
-    "control",
+    name,
     (
       *(a for a in job.argv if "workdir" not in a and "init.model" not in a),
-      "--workdir=runs/control",
-      f"--config.init.model={base}/sft/model",
+      f"--workdir=runs/{name}",
+      f"--config.init.model={model}",
       # Drawing is compared, not answering; a phase has a step at least.
       "--config.phases.1_answer.steps=1",
       "--config.phases.1_answer.warmup_steps=0",
       f"--config.phases.2_all.steps={steps}",
     ),
-    "control/model",
+    f"{name}/model",
   )
 
 
@@ -333,8 +364,10 @@ def _step_seconds(run: pathlib.Path) -> list[float]:
 
 
 def _stage(stage: str, wanted: Wanted) -> Job:
-  base = wanted.base or "runs"
-  settings = [f"init.{n}={base}/{left}" for n, left in _STARTS[stage].items()]
+  settings = [
+    f"init.{name}={_left(wanted, pathlib.Path('runs'), left)}"
+    for name, left in _STARTS[stage].items()
+  ]
   settings.append(f"seed={wanted.seed}")
   if wanted.quick:
     steps = [s for s in _QUICK[stage] if ".steps=" in s]
@@ -360,6 +393,13 @@ def _stage(stage: str, wanted: Wanted) -> Job:
     ),
     f"{stage}/model",
   )
+
+
+def _left(wanted: Wanted, runs: pathlib.Path, left: str) -> pathlib.Path | str:
+  """What a stage before reinforcement learning left, or the package has."""
+  if wanted.base == SHIPPED:
+    return SHIPPED
+  return pathlib.Path(wanted.base or runs) / left
 
 
 def run(
@@ -425,12 +465,16 @@ def _last_line(log, seen):
 
 
 def assemble(
-  runs: pathlib.Path, model: pathlib.Path, out: pathlib.Path
+  sft: pathlib.Path | str,
+  flux: pathlib.Path | str,
+  model: pathlib.Path,
+  out: pathlib.Path,
 ) -> None:
   """Puts what the stages left together, as the package has it, in bfloat16.
 
   Args:
-    runs: folder of the stages' folders.
+    sft: the model before reinforcement learning.
+    flux: the decoder's FLUX.1-dev folder.
     model: what reinforcement learning left.
     out: a new folder; see inference/shipped.py.
   """
@@ -439,12 +483,12 @@ def assemble(
   from xomni_jax.mesh import make_mesh
 
   dtype, mesh = "bfloat16", make_mesh()
-  opened = flux1.open_flux1(runs / "decoder" / "flux1")
+  opened = flux1.open_flux1(flux)
   parts = {
     name: released.load(part, mesh, "float32")
     for name, part in flux1.parts_of(opened).items()
   }
-  before = checkpoint.open_checkpoint(runs / "sft" / "model")
+  before = checkpoint.open_checkpoint(sft)
   with released.staged(out) as folder:
     checkpoint.export(model, folder / shipped.MODEL, dtype, "safetensors")
     fresh.replace_flux1(

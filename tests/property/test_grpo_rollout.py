@@ -26,6 +26,7 @@ from xomni_jax.training import (
   build,
   configure,
   loop,
+  policy,
   rewarding,
   rollout,
   start,
@@ -332,7 +333,7 @@ def test_rollout_that_waits_is_used_only_if_it_is_the_one(
 def test_rollouts_of_two_sizes_are_trained_as_each_alone(
   tmp_path, monkeypatch, codes_as_images
 ):
-  """The smaller one is padded: its tokens, support, log-probs and mask."""
+  """The smaller one is kept padded, and computed without its padding."""
   small, large = (32, 32), (32, 48)
   file = tmp_path / "prompts.jsonl"
   lines = [
@@ -366,7 +367,16 @@ def test_rollouts_of_two_sizes_are_trained_as_each_alone(
     workdir = tmp_path / str(len(sizes))
     return train(config, workdir, monkeypatch, scorer)
 
+  widths = []
+  token_scores = policy.token_scores
+
+  def spy(params, hidden, codes, *more, **how):
+    widths.append(codes.shape[1])
+    return token_scores(params, hidden, codes, *more, **how)
+
+  monkeypatch.setattr(policy, "token_scores", spy)
   both = run((small, large), 4)
+  assert set(widths) == {4, 6}
   assert shapes == [{(2, 2)}, {(2, 3)}, {(2, 2)}, {(2, 3)}]
   (alone,) = run((small,), 1)
   for key, value in alone.items():

@@ -18,20 +18,40 @@ def _write(run, rows):
   (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_control_trains_for_as_long_as_reinforcement_learning(tmp_path):
+@pytest.mark.parametrize("base", [None, "runs", recipe.SHIPPED])
+def test_control_trains_for_as_long_as_reinforcement_learning(tmp_path, base):
   step = "time/step_seconds"
+  timed, model = tmp_path / "sft", f"{tmp_path}/sft/model"
+  if base == "runs":
+    base = tmp_path / "base"
+    timed, model = base / "sft", f"{base}/sft/model"
+  elif base:
+    timed, model = tmp_path / "timing", base
   # The first steps have compilation in them, which medians leave out.
   sft = [(20, 2.5), (40, 0.5), (60, 0.5)]
-  _write(tmp_path / "sft", [{"step": s, step: t} for s, t in sft])
+  _write(timed, [{"step": s, step: t} for s, t in sft])
   grpo = [{"step": 1, step: 5.0}, {"step": 2, "held_out/reward": 0.9}]
-  _write(tmp_path / "rl", [*grpo, {"step": 3, step: 4.0}])
-  job = recipe._control(tmp_path, tmp_path / "rl", 3)
+  _write(tmp_path / "grpo", [*grpo, {"step": 3, step: 4.0}])
+  job = recipe._control(recipe.Wanted(seed=3, base=base), tmp_path)
   assert "--config.phases.2_all.steps=24" in job.argv  # 12 s of 0.5 s each
   assert "--config.seed=1003" in job.argv
   assert job.argv.count("--workdir=runs/control") == 1
   starts = [a for a in job.argv if "init.model" in a]
-  assert starts == [f"--config.init.model={tmp_path}/sft/model"]
+  assert starts == [f"--config.init.model={model}"]
   assert not any(a == "--workdir=runs/sft" for a in job.argv)
+
+
+def test_reinforcement_learning_goes_on_from_the_model_that_ships():
+  """The control needs codes besides, and to know how long a step takes."""
+  wanted = recipe.Wanted(base=recipe.SHIPPED)
+  (grpo,) = recipe.jobs(wanted)
+  assert "--config.init.model=tiny-sft" in grpo.argv
+  assert "--config.init.flux=tiny-sft" in grpo.argv
+  first, *codes, timing = recipe.jobs(wanted, control=True)
+  assert first == grpo and len(codes) == 4
+  assert all("tiny-sft" in job.argv for job in codes)
+  assert "--config.init.model=tiny-sft" in timing.argv
+  assert timing.leaves == "timing/model"
 
 
 def test_base_leaves_reinforcement_learning_alone(tmp_path):
@@ -132,10 +152,11 @@ def test_stage_that_a_killed_recipe_left_running_is_waited_for(
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_settings_of_all_stages_are_accepted(quick):
-  stages = [
-    j for j in recipe.jobs(recipe.Wanted(quick)) if j.argv[0] == "train"
-  ]
-  assert len(stages) == 6
+  wanted = recipe.Wanted(quick)
+  found = recipe.jobs(wanted)
+  found += recipe.jobs(wanted._replace(base=recipe.SHIPPED), control=True)
+  stages = [job for job in found if job.argv[0] == "train"]
+  assert len(stages) == 8
   for job in stages:
     given = dict(a.lstrip("-").split("=", 1) for a in job.argv[1:])
     config = configure.read(given.pop("config"))

@@ -145,7 +145,8 @@ class _Run:
     first = update % opts.minibatches * self._cfg.global_batch
     some = slice(first, first + self._cfg.global_batch)
     rows = {k: x[some] for k, x in self._current.items()}
-    return rows, extra, metrics
+    grid = self._rolled(params).grid_of(self._prompts[number][0].size)
+    return grpo_rows.tight(rows, grid), extra, metrics
 
   def _rollout(self, measure, params, extra, number):
     """A rollout with its advantages; with overlap, the next one drawn too."""
@@ -251,14 +252,13 @@ class _Run:
     at_once = opts.score_rows or self._cfg.global_batch
     found = []
     for first in range(0, self._rows, at_once):
-      some = slice(first, first + at_once)
-      found.append(
-        jax.tree.map(
-          mesh_lib.to_host, measure({k: x[some] for k, x in rows.items()})
-        )
-      )
+      some = {k: x[first : first + at_once] for k, x in rows.items()}
+      made = measure(grpo_rows.tight(some, drawn.grid))
+      found.append(jax.tree.map(mesh_lib.to_host, made))
     joined = jax.tree.map(lambda *x: np.concatenate(x), *found)
-    return {**rows, **joined}
+    longest = drawn.codes.shape[1]
+    pad = lambda x: np.pad(x, ((0, 0), (0, longest - x.shape[1])))
+    return {**rows, **jax.tree.map(pad, joined)}
 
   def _with_advantages(self, rows, heard: Heard):
     opts, rewards = self._cfg.options, heard.combined.rewards

@@ -51,6 +51,24 @@ def check(cfg: TrainConfig, rows: int) -> None:
     )
 
 
+def tight(
+  rows: Mapping[str, np.ndarray], grid: tuple[int, int]
+) -> dict[str, np.ndarray]:
+  """Rows of one size without the columns that its images do not fill.
+
+  They are kept as long as those of the largest size; what is computed with them
+  is compiled for each size.
+
+  Args:
+    rows: see `grpo_program.shapes`.
+    grid: rows and columns of their codes.
+  """
+  behind = rows["codes"].shape[1] - grid[0] * grid[1]
+  return {
+    k: x[:, : x.shape[1] - behind] if x.ndim > 1 else x for k, x in rows.items()
+  }
+
+
 def mark(cfg: TrainConfig, number: int, prompts: Sequence[Prompt]) -> int:
   """32 bits of what is asked for in a rollout, and of how it is drawn."""
   opts = cfg.options
