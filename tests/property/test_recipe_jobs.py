@@ -9,6 +9,7 @@ import pytest
 
 from xomni_jax import cli, recipe
 from xomni_jax.errors import InputError
+from xomni_jax.recipe import jobs, running
 from xomni_jax.training import configure
 
 
@@ -18,7 +19,7 @@ def _write(run, rows):
   (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
-@pytest.mark.parametrize("base", [None, "runs", recipe.SHIPPED])
+@pytest.mark.parametrize("base", [None, "runs", jobs.SHIPPED])
 def test_control_trains_for_as_long_as_reinforcement_learning(tmp_path, base):
   step = "time/step_seconds"
   timed, model = tmp_path / "sft", f"{tmp_path}/sft/model"
@@ -32,7 +33,7 @@ def test_control_trains_for_as_long_as_reinforcement_learning(tmp_path, base):
   _write(timed, [{"step": s, step: t} for s, t in sft])
   grpo = [{"step": 1, step: 5.0}, {"step": 2, "held_out/reward": 0.9}]
   _write(tmp_path / "grpo", [*grpo, {"step": 3, step: 4.0}])
-  job = recipe._control(recipe.Wanted(seed=3, base=base), tmp_path)
+  job = jobs.control(jobs.Wanted(seed=3, base=base), tmp_path)
   assert "--config.phases.2_all.steps=24" in job.argv  # 12 s of 0.5 s each
   assert "--config.seed=1003" in job.argv
   assert job.argv.count("--workdir=runs/control") == 1
@@ -43,11 +44,11 @@ def test_control_trains_for_as_long_as_reinforcement_learning(tmp_path, base):
 
 def test_reinforcement_learning_goes_on_from_the_model_that_ships():
   """The control needs codes besides, and to know how long a step takes."""
-  wanted = recipe.Wanted(base=recipe.SHIPPED)
-  (grpo,) = recipe.jobs(wanted)
+  wanted = jobs.Wanted(base=jobs.SHIPPED)
+  (grpo,) = jobs.in_order(wanted)
   assert "--config.init.model=tiny-sft" in grpo.argv
   assert "--config.init.flux=tiny-sft" in grpo.argv
-  first, *codes, timing = recipe.jobs(wanted, control=True)
+  first, *codes, timing = jobs.in_order(wanted, with_control=True)
   assert first == grpo and len(codes) == 4
   assert all("tiny-sft" in job.argv for job in codes)
   assert "--config.init.model=tiny-sft" in timing.argv
@@ -55,8 +56,8 @@ def test_reinforcement_learning_goes_on_from_the_model_that_ships():
 
 
 def test_base_leaves_reinforcement_learning_alone(tmp_path):
-  wanted = recipe.Wanted(seed=2, base=tmp_path, rl_steps=150)
-  (job,) = recipe.jobs(wanted)
+  wanted = jobs.Wanted(seed=2, base=tmp_path, rl_steps=150)
+  (job,) = jobs.in_order(wanted)
   assert job.name == "grpo"
   assert "--workdir=runs/grpo" in job.argv
   assert f"--config.init.model={tmp_path}/sft/model" in job.argv
@@ -99,7 +100,7 @@ def test_base_is_not_what_is_written_to(tmp_path):
 
 def _no_jobs(monkeypatch):
   ran = []
-  monkeypatch.setattr(recipe, "run", lambda job, *_: ran.append(job.name))
+  monkeypatch.setattr(running, "run", lambda job, *_: ran.append(job.name))
   monkeypatch.setattr(recipe, "assemble", lambda *_: None)
   monkeypatch.setattr(recipe.signal, "signal", lambda *_: None)
   return ran
@@ -133,7 +134,7 @@ def test_stage_that_a_killed_recipe_left_running_is_waited_for(
   tmp_path, monkeypatch
 ):
   ran = _no_jobs(monkeypatch)
-  monkeypatch.setattr(recipe, "_PATIENCE", 0.0)
+  monkeypatch.setattr(running, "_PATIENCE", 0.0)
   (tmp_path / "runs").mkdir()
   # A stage has the log as its standard output.
   with (tmp_path / "runs" / "recipe.log").open("ab") as log:
@@ -143,7 +144,7 @@ def test_stage_that_a_killed_recipe_left_running_is_waited_for(
     recipe.main(["--out", str(tmp_path)])
   assert not ran
   # One that is about to end is waited for.
-  monkeypatch.setattr(recipe, "_PATIENCE", 60.0)
+  monkeypatch.setattr(running, "_PATIENCE", 60.0)
   threading.Timer(1.0, stage.kill).start()
   recipe.main(["--out", str(tmp_path)])
   assert ran
@@ -152,9 +153,9 @@ def test_stage_that_a_killed_recipe_left_running_is_waited_for(
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_settings_of_all_stages_are_accepted(quick):
-  wanted = recipe.Wanted(quick)
-  found = recipe.jobs(wanted)
-  found += recipe.jobs(wanted._replace(base=recipe.SHIPPED), control=True)
+  wanted = jobs.Wanted(quick)
+  found = jobs.in_order(wanted)
+  found += jobs.in_order(wanted._replace(base=jobs.SHIPPED), with_control=True)
   stages = [job for job in found if job.argv[0] == "train"]
   assert len(stages) == 8
   for job in stages:
