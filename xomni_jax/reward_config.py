@@ -13,7 +13,7 @@ NORMALISATIONS = ("none", "range", "group")
 _URL = re.compile(r"https?://[^/\s,@?#]+(/[^\s,?#]*)?")
 # Not the metrics that combine.py makes besides.
 _NAME = re.compile(
-  r"(?!(total|masked|spread|groups_dropped|seconds)$)"
+  r"(?!(total|masked|spread|groups_dropped|lines_found|seconds)$)"
   r"(?!.*_(failed|absent|apart)$)[a-z][a-z0-9_]*"
 )
 _SOURCES = (

@@ -158,6 +158,10 @@ class GRPOOptions:
     clip_low, clip_high: of the ratio, below and above 1.
     beta: weight of the KL divergence from the reference policy.
     normalise: divide advantages by the deviation of their group.
+    line_advantages: of each prompt's target lines so many are told apart, where
+      a reward says how each was read and where it stands (OCR does): their
+      codes learn from their own line's score in the place of the image's;
+      0: all codes of an image learn alike.
     aggregate: "token" or "sequence", what the loss is a mean over.
     importance_cap: truncated importance weights of what the sampler computed
       against what training does; 0: none.
@@ -190,6 +194,7 @@ class GRPOOptions:
   clip_high: float = 0.2
   beta: float = 0.01
   normalise: bool = True
+  line_advantages: int = 0
   aggregate: str = "token"
   importance_cap: float = 0.0
   temperature: float = 1.0
@@ -225,10 +230,12 @@ class GRPOOptions:
         f"clip_low {self.clip_low} and clip_high {self.clip_high}: expected "
         "above 0, and clip_low below 1",
       ),
-      (
-        min(self.beta, self.importance_cap, self.sample_rows, self.score_rows)
-        >= 0,
-        "beta, importance_cap, sample_rows and score_rows: expected from 0",
+      *(
+        (getattr(self, name) >= 0, f"{name}: expected from 0")
+        for name in (
+          *("beta", "importance_cap", "line_advantages"),
+          *("sample_rows", "score_rows"),
+        )
       ),
       (
         self.aggregate in ("token", "sequence"),

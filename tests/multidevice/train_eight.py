@@ -124,7 +124,7 @@ def rollout(program, vocabulary, codes):
     0, P - 4, (ROWS, 1)
   )
   rows["mask"][:] = np.arange(ROWS)[:, None] != 3
-  rows["advantage"][:] = rng.normal(0, 1, ROWS)
+  rows["advantage"][:] = rng.normal(0, 1, rows["advantage"].shape)
   for name in ("logp_old", "logp_ref", "logp_sampler"):
     rows[name][:] = -4 + rng.normal(0, 0.5, rows[name].shape)
   kept = rng.random((*rows["codes"].shape, codes)) < 0.2

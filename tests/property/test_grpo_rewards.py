@@ -51,7 +51,9 @@ def test_fused_path_gives_the_numbers_of_the_host_path(
     def scorer(items, ids=ids):
       ids.extend(int(item.id) for item in items)
       return [
-        wire.failed(s.id, "http", "no") if int(s.id) % 5 == 0 else s
+        wire.failed(s.id, "http", "no")
+        if int(s.id) % 5 == 0
+        else s._replace(raw={"lines": [[1 - s.score, 0.0, 0.5]]})
         for s in share_of(WANTED)(items)
       ]
 
@@ -59,6 +61,7 @@ def test_fused_path_gives_the_numbers_of_the_host_path(
       phases__1_all__steps=2,
       options__reward_path=path,
       options__paint_rows=16,
+      options__line_advantages=2,
     )
     config.options.combine = {"max_failure_rate": 0.5}
     steps = train(config, tmp_path / path, monkeypatch, scorer)
@@ -66,6 +69,7 @@ def test_fused_path_gives_the_numbers_of_the_host_path(
       {k: v for k, v in m.items() if not k.startswith("time/")} for m in steps
     ]
   assert found["fused"] == found["host"]
+  assert all(m["reward/lines_found"] == 1 for m in found["host"])
   # Each image once, whatever runs they are painted in.
   assert (
     sorted(asked["fused"])

@@ -38,7 +38,7 @@ def some_scores(seed, spread=0.3):
     "logp_old": near(),
     "logp_ref": near(),
     "logp_sampler": near(),
-    "advantage": rng.normal(0, 1, B).astype(np.float32),
+    "advantage": rng.normal(0, 1, (B, L)).astype(np.float32),
     "mask": mask,
   }
   return scores, batch
@@ -56,7 +56,7 @@ def plain_loss(scores, batch, opts):
         share = 1 / mask.sum()
       else:
         share = 1 / mask[b].sum() / (mask.sum(1) > 0).sum()
-      a = float(batch["advantage"][b])
+      a = float(batch["advantage"][b, t])
       ratio = np.exp(
         np.float64(scores.logp[b, t]) - np.float64(batch["logp_old"][b, t])
       )
@@ -174,7 +174,7 @@ def test_k3_of_each_token_is_that_of_float64_and_never_negative():
   def kl(model, ref):
     one = jnp.ones((1, 1))
     batch = dict.fromkeys(("logp_old", "logp_sampler"), 0 * one)
-    batch |= {"logp_ref": ref * one, "mask": one, "advantage": jnp.ones(1)}
+    batch |= {"logp_ref": ref * one, "mask": one, "advantage": one}
     scores = policy.TokenScores(0 * one, model * one, 0 * one)
     return our_loss(scores, batch, options())[1]["kl"]
 
@@ -193,24 +193,25 @@ def test_metrics_say_what_the_clip_stops_and_what_is_furthest_off():
   mask[1, 3] = 0
   old = np.zeros((2, 4), np.float32)
   scores = policy.TokenScores(np.log(ratio), old, old)
-  for advantage, stopped in (
+  for of_rows, stopped in (
     ((1.0, 1.0), {(0, 0), (1, 0)}),
     ((-1.0, 1.0), {(0, 1), (1, 0)}),
     ((0.0, -1.0), {(1, 1)}),
     ((0.0, 0.0), set()),
   ):
+    advantage = np.broadcast_to(np.float32(of_rows)[:, None], (2, 4))
     batch = {
       "logp_old": old,
       "logp_ref": old,
       "mask": mask,
       "logp_sampler": np.where(mask > 0, [0.1, -0.3, 0, 0.2], 9.0),
-      "advantage": np.array(advantage, np.float32),
+      "advantage": advantage,
     }
     (_, metrics), slopes = jax.value_and_grad(
       lambda s, b: our_loss(s, b, opts), has_aux=True
     )(scores, batch)
     # Those that have an advantage, and whose slope is gone nevertheless.
-    has_one = (mask > 0) & (batch["advantage"][:, None] != 0)
+    has_one = (mask > 0) & (advantage != 0)
     flat = has_one & (np.asarray(slopes.logp) == 0)
     assert {(int(b), int(t)) for b, t in np.argwhere(flat)} == stopped
     assert metrics["clip_fraction"] == pytest.approx(len(stopped) / 7)

@@ -187,18 +187,20 @@ def test_engines_combined_fail_where_one_fails():
 
 
 def test_paddle_result_is_read_line_by_line():
-  reading = ocr_engines.paddle_reading(PADDLE_RESULT)
-  assert reading == Reading("THE DAY\nOPEN LATE", pytest.approx(0.85))
-  assert ocr_engines.paddle_reading({"res": PADDLE_RESULT}) == reading
+  reading = ocr_engines.paddle_reading(PADDLE_RESULT, 200)
+  assert reading[:2] == ("THE DAY\nOPEN LATE", pytest.approx(0.85))
+  assert reading.spans == ((0.1, 0.2), (pytest.approx(0.285), 0.4))
+  assert ocr_engines.paddle_reading({"res": PADDLE_RESULT}, 200) == reading
   empty = {"rec_texts": [], "rec_scores": [], "rec_polys": []}
-  assert ocr_engines.paddle_reading(empty) == Reading("")
+  assert ocr_engines.paddle_reading(empty, 200) == Reading("")
   with pytest.raises(ValueError, match="rec_polys"):
-    ocr_engines.paddle_reading({"rec_texts": ["a"], "rec_scores": [1.0]})
+    ocr_engines.paddle_reading({"rec_texts": ["a"], "rec_scores": [1.0]}, 200)
 
 
 def test_tesseract_table_is_read_line_by_line():
   reading = ocr_engines.tesseract_reading(TESSERACT_TABLE)
-  assert reading == Reading("EAR\n71", 0.75)
+  spans = ((64 / 192, 94 / 192), (128 / 192, 158 / 192))
+  assert reading == Reading("EAR\n71", 0.75, spans)
   with pytest.raises(ValueError, match="level"):
     ocr_engines.tesseract_reading("oops\n1\n")
 

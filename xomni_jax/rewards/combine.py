@@ -21,12 +21,15 @@ class Column(NamedTuple):
     absent: bool[B*G]: the reward does not apply.
     apart: how far several engines disagree, on average; NaN: just one.
     reasons: error_kind -> how many failed with it.
+    lines: f64[B*G, K, 3]: score, top and bottom of each target line, see
+      `rewards.text_lines`; NaN: there is none. None: not asked for.
   """
 
   values: np.ndarray
   absent: np.ndarray
   apart: float
   reasons: Mapping[str, int]
+  lines: np.ndarray | None = None
 
 
 class Combined(NamedTuple):

@@ -4,7 +4,7 @@ import concurrent.futures
 from collections.abc import Callable, Mapping, Sequence
 
 from xomni_jax.errors import InputError
-from xomni_jax.rewards import ocr_engines, text_scores, wire
+from xomni_jax.rewards import ocr_engines, text_lines, text_scores, wire
 from xomni_jax.rewards.ocr_engines import Engine
 from xomni_jax.rewards.wire import Item, Score
 
@@ -45,7 +45,9 @@ def make_scorer(
   """A scorer of how well images show their targets, see text_scores.
 
   Items without targets are "absent". If the engine fails on a list, its items
-  are read one by one, and only those that fail again are failures.
+  are read one by one, and only those that fail again are failures. Where the
+  engine says where lines are, `raw["lines"]` has [score, top, bottom] of each
+  target, see text_lines.
 
   Args:
     spaces: whether white space counts.
@@ -66,7 +68,20 @@ def make_scorer(
     for i, reading, text in zip(wanted, found, texts, strict=True):
       said = text_scores.forms_reward(text, targets[i], spaces)
       scores[i] = _score(items[i].id, reading, said, rev)
+      if scores[i].ok and reading.spans:
+        lines = by_line(items[i], reading)
+        scores[i] = scores[i]._replace(raw={**scores[i].raw, "lines": lines})
     return scores
+
+  def by_line(item, reading):
+    langs = [item.lang] * len(item.targets)
+    read = reading.text.split("\n")
+    return text_lines.line_scores(
+      normalize_all(item.targets, langs),
+      normalize_all(read, [item.lang] * len(read)),
+      reading.spans,
+      spaces,
+    )
 
   return score
 

@@ -35,10 +35,13 @@ class Reading(NamedTuple):
   Attributes:
     text: lines from top to bottom, "\\n" between them; "": nothing.
     confidence: mean over the lines, in [0, 1]; None: the engine has none.
+    spans: (top, bottom) of each line, as shares of the image's height; (): the
+      engine does not say where lines are.
   """
 
   text: str
   confidence: float | None = None
+  spans: tuple[tuple[float, float], ...] = ()
 
 
 class Engine(NamedTuple):
@@ -99,14 +102,15 @@ def open_rapidocr(
     try:
       # A call takes BGR. One image a call: a batch pads its lines to the
       # longest, and a score must not depend on its neighbours.
-      found = reader(np.ascontiguousarray(_enlarged(image, factor)[:, :, ::-1]))
+      image = np.ascontiguousarray(_enlarged(image, factor)[:, :, ::-1])
+      found = reader(image)
     finally:
       readers.put(reader)
     if not found.txts:
       return Reading("")
     if not detect:
       return Reading("\n".join(found.txts), _mean(found.scores))
-    return lines_reading(found.txts, found.scores, found.boxes)
+    return lines_reading(found.txts, found.scores, found.boxes, len(image))
 
   version = importlib.metadata.version("rapidocr")
   settings = f"side={min_side},line={min_line},detect={int(detect)}"
@@ -203,6 +207,7 @@ def tesseract_reading(table: str) -> Reading:
     dict(zip(names, line.split("\t"), strict=False)) for line in lines if line
   ]
   try:
+    heights = [int(r["height"]) for r in rows if r["level"] == "1"]
     words = [r for r in rows if r["level"] == "5" and r["text"].strip()]
     boxes = [
       [int(row[name]) for name in ("left", "top", "width", "height")]
@@ -214,7 +219,9 @@ def tesseract_reading(table: str) -> Reading:
   corners = [
     [(x, y), (x + w, y), (x + w, y + h), (x, y + h)] for x, y, w, h in boxes
   ]
-  return lines_reading([row["text"] for row in words], confidences, corners)
+  return lines_reading(
+    [row["text"] for row in words], confidences, corners, *heights[:1]
+  )
 
 
 def open_paddleocr() -> Engine:
@@ -237,14 +244,17 @@ def open_paddleocr() -> Engine:
 
   def read(items):
     images = [np.ascontiguousarray(i.image[:, :, ::-1]) for i in items]  # BGR
-    return [paddle_reading(result) for result in reader.predict(images)]
+    return [
+      paddle_reading(result, len(image))
+      for result, image in zip(reader.predict(images), images, strict=True)
+    ]
 
   version = importlib.metadata.version("paddleocr")
   return Engine(read, f"paddleocr-{version}(PP-OCRv5)")
 
 
-def paddle_reading(result: Mapping) -> Reading:
-  """The Reading of one image's result of PaddleOCR 3.x.
+def paddle_reading(result: Mapping, height: int) -> Reading:
+  """The Reading of one image's result of PaddleOCR 3.x; height: of it, in px.
 
   Raises:
     ValueError: it has not the fields of that version.
@@ -258,7 +268,7 @@ def paddle_reading(result: Mapping) -> Reading:
       f"result of PaddleOCR lacks {e}, expected rec_texts, rec_scores and "
       "rec_polys, as version 3 gives them"
     ) from None
-  return lines_reading(texts, scores, boxes)
+  return lines_reading(texts, scores, boxes, height)
 
 
 def open_got(
@@ -316,13 +326,25 @@ def open_got(
   return Engine(read, f"got({model}@{commit})")
 
 
-def lines_reading(texts, confidences, boxes) -> Reading:
-  """A Reading of lines, in reading order; boxes: [n, 4, 2], corners in px."""
-  order = reading_order(np.asarray(boxes, np.float64).reshape(-1, 4, 2))
+def lines_reading(texts, confidences, boxes, height: int = 0) -> Reading:
+  """A Reading of lines, in reading order.
+
+  Args:
+    boxes: [n, 4, 2], corners in px.
+    height: of the image, in px; 0: not known.
+  """
+  boxes = np.asarray(boxes, np.float64).reshape(-1, 4, 2)
+  order = reading_order(boxes)
   if not order:
     return Reading("")
   rows = (" ".join(texts[i] for i in row) for row in order)
-  return Reading("\n".join(rows), _mean(confidences))
+  y = boxes[:, :, 1]
+  spans = tuple(
+    (float(y[row].min() / height), float(y[row].max() / height))
+    for row in order
+    if height
+  )
+  return Reading("\n".join(rows), _mean(confidences), spans)
 
 
 def reading_order(boxes: np.ndarray) -> list[list[int]]:

@@ -143,8 +143,8 @@ def policy_loss(
     batch: rows with `logp_old` and `logp_ref` f32[B, L], of the policy when it
       drew them and of the reference (a model's, see `TokenScores`);
       `logp_sampler` f32[B, L], as the sampler computed `logp_old`;
-      `advantage` f32[B]; `mask` f32[B, L], 1 for tokens that count: none of a
-      row without a reward.
+      `advantage` f32[B, L]; `mask` f32[B, L], 1 for tokens that count: none of
+      a row without a reward.
     totals: `policy_totals` of the global batch.
     options: of the stage.
   Returns:
@@ -155,7 +155,7 @@ def policy_loss(
   # Before anything is exponentiated: what does not count may be anything, and
   # 0 times the slope of an infinite exp would be NaN.
   counted = lambda x: jnp.where(mask_BL > 0, x, 0)
-  advantage_BL = counted(batch["advantage"][:, None])
+  advantage_BL = counted(batch["advantage"])
   ratio = jnp.exp(counted(scores.logp - batch["logp_old"]))
   low, high = 1 - options.clip_low, 1 + options.clip_high
   surrogate = jnp.minimum(

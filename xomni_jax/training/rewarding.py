@@ -36,7 +36,8 @@ class Asked(NamedTuple):
     images: {row: u8[H, W, 3]} of this process.
     prompts: of all rows; None: the row does not count.
     futures: {reward's name: its scores of `images`, in their order}.
-    table: of all rows, where they are here already (the fused path).
+    table: f32[R, N, 4 + 3 K] of all rows, see `_table`, where it is here
+      already (the fused path).
   """
 
   step: int
@@ -74,16 +75,19 @@ class Rewarder:
     group_size: int,
     folder,
     text_backend: str = "tokenizers",
+    lines: int = 0,
   ):
     """Opens all rewards.
 
     Args:
       folder: of the ledgers.
       text_backend: see `open_scorer`.
+      lines: K, of each image's lines that are told apart.
     Raises:
       InputError: a reward can't be opened.
     """
     self._rewards, self._cfg, self._group_size = rewards, cfg, group_size
+    self._lines = lines
     self._over = threading.Event()
     self._scorers = {
       r.name: _reliable(open_scorer(_recorded(r), text_backend, self._over))
@@ -166,7 +170,8 @@ class Rewarder:
     It is the same object in all calls, so that programs are compiled once.
     """
     if self._fused is None:
-      self._fused = _Fused(self._score, tuple(self._scorers), mesh)
+      names = tuple(self._scorers)
+      self._fused = _Fused(self._score, names, mesh, self._lines)
     self._fused.step, self._fused.prompts = step, prompts
     self._fused.scores = {name: {} for name in self._scorers}
     return self._fused
@@ -183,7 +188,9 @@ class Rewarder:
     count, table = len(asked.prompts), asked.table
     if table is None:
       scores = {name: f.result() for name, f in asked.futures.items()}
-      table = gathered(np.stack([_table(s, count) for s in scores.values()]))
+      table = gathered(
+        np.stack([_table(s, count, self._lines) for s in scores.values()])
+      )
     else:
       scores = self._fused.scores
     seconds = time.perf_counter() - start
@@ -237,19 +244,20 @@ class _Fused:
   painting its deadline, not each device and reward one.
   """
 
-  def __init__(self, score, names, mesh):
+  def __init__(self, score, names, mesh, lines):
     self._score, self._names, self._mesh = score, names, mesh
+    self._lines = lines
     self.step, self.prompts, self.scores = 0, (), {}
 
   def __call__(self, images: jax.Array, rows: jax.Array) -> jax.Array:
-    """f32[n, R, 4], see `_table`; for use inside `jit`.
+    """f32[n, R, 4 + 3 K], see `_table`; for use inside `jit`.
 
     Args:
       images: u8[n, H, W, 3]; n is a multiple of the devices.
       rows: i32[n], of the rollout; -1: nobody's.
     """
     spec = jax.sharding.PartitionSpec(self._mesh.axis_names)
-    shape = (len(self._names), 4)
+    shape = (len(self._names), 4 + 3 * self._lines)
 
     def ask(images, rows):
       out = jax.ShapeDtypeStruct((rows.shape[0], *shape), np.float32)
@@ -271,7 +279,7 @@ class _Fused:
       found = self._score(name, self.step, self.prompts, mine)
       self.scores[name].update(found)
       by_place = {i: found[int(r)] for i, r in enumerate(rows) if r >= 0}
-      return _table(by_place, len(rows))
+      return _table(by_place, len(rows), self._lines)
 
     with concurrent.futures.ThreadPoolExecutor(len(self._names)) as pool:
       return np.stack(list(pool.map(ask, self._names)), axis=1)
@@ -312,25 +320,43 @@ def _item(prompt: Prompt):
   return prompt.text, prompt.targets, prompt.lang
 
 
-def _table(scores: Mapping[int, wire.Score], count: int) -> np.ndarray:
-  """f32[count, 4]: whether it is here, score, kind, how far engines differ."""
-  table = np.full((count, 4), np.nan, np.float32)
+def _table(
+  scores: Mapping[int, wire.Score], count: int, lines: int = 0
+) -> np.ndarray:
+  """f32[count, 4 + 3 lines].
+
+  Whether it is here, score, kind, how far engines differ; of each of the first
+  lines score, top and bottom.
+  """
+  table = np.full((count, 4 + 3 * lines), np.nan, np.float32)
   table[:, 0] = 0
   for row, score in scores.items():
     kind = score.error_kind or ""
     apart = score.raw.get("apart") if isinstance(score.raw, dict) else None
     there = score.ok and wire.is_finite_number(apart)  # a server may say any
-    table[row] = (
+    table[row, :4] = (
       1,
       np.nan if score.score is None else score.score,
       _KINDS.index(kind if kind in _KINDS else "other"),
       apart if there else np.nan,
     )
+    if lines and score.ok:
+      of_lines = _lines(score.raw)[:lines]
+      table[row, 4 : 4 + of_lines.size] = of_lines.ravel()
   return table
 
 
+def _lines(raw) -> np.ndarray:
+  """f32[K, 3] of what a reward says of lines; a server may say any."""
+  lines = raw.get("lines") if isinstance(raw, dict) else None
+  try:
+    return np.array(lines or [], np.float32).reshape(-1, 3)  # None is NaN
+  except (TypeError, ValueError):
+    return np.zeros((0, 3), np.float32)
+
+
 def gathered(table: np.ndarray) -> np.ndarray:
-  """f32[R, N, 4] of all processes; each row comes from the one that has it.
+  """f32[R, N, C] of all processes; each row comes from the one that has it.
 
   Rewards are combined on the host of every process, in a few kilobytes. An
   array of the rows that each process has would need their number to be alike
@@ -339,7 +365,7 @@ def gathered(table: np.ndarray) -> np.ndarray:
   """
   if jax.process_count() == 1:
     return table
-  parts = multihost_utils.process_allgather(table)  # [processes, R, N, 4]
+  parts = multihost_utils.process_allgather(table)  # [processes, R, N, C]
   has = np.argmax(parts[..., 0], axis=0)
   return np.take_along_axis(parts, has[None, ..., None], axis=0)[0]
 
@@ -353,4 +379,5 @@ def _column(rows: np.ndarray) -> combine.Column:
     np.array([kind == wire.ABSENT for kind in kinds]),
     float(apart.mean()) if len(apart) else float("nan"),
     collections.Counter(k for k in kinds if k not in ("", wire.ABSENT)),
+    rows[:, 4:].reshape(len(rows), -1, 3).astype(np.float64),
   )

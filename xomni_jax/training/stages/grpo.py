@@ -26,7 +26,7 @@ from xomni_jax.inference.sheets import Picture
 from xomni_jax.models import ar
 from xomni_jax.rewards import combine
 from xomni_jax.train_config import TrainConfig
-from xomni_jax.training import policy
+from xomni_jax.training import credit
 from xomni_jax.training.rewarding import Asked, Heard, Rewarder
 from xomni_jax.training.rollout import Drawn, Roller, place_policy
 from xomni_jax.training.stage import Params, Stage
@@ -124,6 +124,7 @@ class _Run:
       opts.group_size,
       workdir / "rewards",
       cfg.data.text_backend,
+      opts.line_advantages,
     )
     self._roller: Roller | None = None
     self._next: tuple[dict, Asked] | None = None  # rows, scores on their way
@@ -170,7 +171,9 @@ class _Run:
     }
     for line in heard.warnings:
       _say(line)
-    rows = self._with_advantages(rows, heard)
+    grid = self._rolled(params).grid_of(self._prompts[number][0].size)
+    rows, found = self._with_advantages(rows, heard, grid)
+    metrics |= found
     self._shown, self._current = (asked, heard), rows
     if per_rollout > 1:
       extra = {**extra, "current": self._keep(params, rows, number)}
@@ -244,7 +247,7 @@ class _Run:
       "codes": drawn.codes,
       # A prompt that was cut asks for something else.
       "mask": drawn.mask * drawn.fits[:, None],
-      "advantage": np.zeros(len(drawn.codes), np.float32),
+      "advantage": np.zeros(drawn.codes.shape, np.float32),
       "logp_sampler": drawn.logp_sampler,
     }
     if drawn.support is not None:
@@ -260,13 +263,17 @@ class _Run:
     pad = lambda x: np.pad(x, ((0, 0), (0, longest - x.shape[1])))
     return {**rows, **jax.tree.map(pad, joined)}
 
-  def _with_advantages(self, rows, heard: Heard):
-    opts, rewards = self._cfg.options, heard.combined.rewards
-    advantage = policy.group_advantages(
-      rewards, opts.group_size, normalise=opts.normalise
+  def _with_advantages(self, rows, heard: Heard, grid):
+    advantage, metrics = credit.advantages(
+      heard.combined.rewards, heard.columns, self._cfg.options, grid
     )
-    there = np.isfinite(rewards)[:, None]
-    return {**rows, "advantage": advantage, "mask": rows["mask"] * there}
+    behind = rows["codes"].shape[1] - advantage.shape[1]
+    there = np.isfinite(heard.combined.rewards)[:, None]
+    return {
+      **rows,
+      "advantage": np.pad(advantage, ((0, 0), (0, behind))),
+      "mask": rows["mask"] * there,
+    }, metrics
 
   def _keep(self, params, rows, number):
     """Rows of a rollout as they are saved with the state."""

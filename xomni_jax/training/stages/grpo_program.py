@@ -36,7 +36,7 @@ def shapes(cfg: TrainConfig, arch: Architecture, rows: int) -> Batch:
     "valid": array(bool, T),
     "codes": array(jnp.int32, L),
     "mask": array(jnp.float32, L),
-    "advantage": array(jnp.float32),
+    "advantage": array(jnp.float32, L),
     "logp_old": array(jnp.float32, L),
     "logp_ref": array(jnp.float32, L),
     "logp_sampler": array(jnp.float32, L),

@@ -1,0 +1,139 @@
+"""Whose codes have earned a reward: lines told apart, from OCR to advantages."""
+
+import numpy as np
+import pytest
+
+from xomni_jax.data.world import open_world
+from xomni_jax.reward_config import RewardConfig
+from xomni_jax.rewards import combine, ocr, text_lines
+from xomni_jax.rewards.wire import Item
+from xomni_jax.stage_options import GRPOOptions
+from xomni_jax.training import credit, policy
+
+NAN = np.nan
+
+
+def _options(lines, rewards=(RewardConfig("ocr", "local:ocr"),), **more):
+  return GRPOOptions(
+    ((32, 32),), rewards, group_size=4, line_advantages=lines, **more
+  )
+
+
+def _column(values, lines=None):
+  values = np.array(values, np.float64)
+  return combine.Column(values, np.zeros(len(values), bool), NAN, {}, lines)
+
+
+def _spans(count):
+  return [(i / 10, (i + 1) / 10) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+  ("read", "expected"),
+  [
+    (["open", "at", "noon"], [1, 1, 1]),
+    (["open", "noon"], [1, 0, 1]),
+    (["x", "open", "at", "zzz", "noon"], [1, 1, 1]),
+    (["o pen", "a t", "no on"], [1, 1, 1]),
+    (["noon"], [0, 0, 1]),
+    ([], [0, 0, 0]),
+    (["opem", "at", "noom"], [0.75, 1, 0.75]),
+  ],
+)
+def test_each_target_has_the_score_of_the_line_it_was_read_as(read, expected):
+  found = text_lines.line_scores(
+    ["open", "at", "noon"], read, _spans(len(read)), spaces=False
+  )
+  assert [line[0] for line in found] == expected
+  for line, score in zip(found, expected, strict=True):
+    assert (line[1] is None) == (score == 0)
+  if read[:1] == ["x"]:
+    assert [line[1] for line in found] == [0.1, 0.2, 0.4]
+
+
+def test_target_without_letters_has_no_score():
+  found = text_lines.line_scores(["", "open"], ["open"], _spans(1))
+  assert found == [[None, None, None], [1.0, 0.0, 0.1]]
+
+
+@pytest.mark.parametrize("name", ["rapidocr", "tesseract"])
+def test_ocr_tells_which_line_of_a_poster_is_wrong(name):
+  try:
+    engine = ocr.open_engine(name)
+  except Exception as e:  # an engine that this machine lacks
+    pytest.skip(str(e))
+  world = open_world("posters", "train")
+  image = np.asarray(world[3]["image"])
+  lines = list(world.sign(3).lines)
+  lines[2] = "KIWI"
+  score = ocr.make_scorer(engine, spaces=False)
+  found = score([Item("a", image, "", tuple(lines))])[0].raw["lines"]
+  told = np.array(found, np.float64)
+  good = [k for k in range(len(lines)) if k != 2]
+  assert (told[good, 0] == 1).all()
+  assert told[2, 0] < 0.5
+  # A line stands in row 1 + 2 k of 13.
+  rows = credit.rows_of_lines(told[None, :, 1:], 13)[0]
+  assert {int(rows[1 + 2 * k]) for k in good} == set(good)
+  assert set(rows[::2]) == {-1}
+
+
+def test_row_belongs_to_the_line_with_most_of_it():
+  spans = np.array([[[0.0, 0.26], [0.24, 0.5], [0.55, 0.58], [NAN, NAN]]])
+  # Of 4 rows: the third line is small, and lies in the third row whole.
+  assert credit.rows_of_lines(spans, 4).tolist() == [[0, 1, 2, -1]]
+  # Half of a line is enough, and so is half of a row.
+  half = np.array([[[0.2, 0.3], [0.62, 0.9]]])
+  assert credit.rows_of_lines(half, 4).tolist() == [[0, 0, 1, 1]]
+
+
+def test_codes_of_a_line_learn_from_their_line():
+  """Against a loop over lines; the second reward tells nothing of them."""
+  rng = np.random.default_rng(0)
+  rewards = (
+    RewardConfig("look", "http://x:1"),
+    RewardConfig("ocr", "local:ocr", weight=2.0),
+  )
+  opts = _options(2, rewards)
+  lines = np.full((8, 2, 3), NAN)
+  lines[..., 0] = rng.random((8, 2))
+  lines[:, 0, 1:] = 0.25, 0.5
+  lines[:, 1, 1:] = 0.75, 1.0
+  lines[2, 1, 1:] = NAN  # not found there
+  lines[2, 1, 0] = 0.0
+  lines[4:, 1] = NAN  # the second prompt has one line
+  lines[5] = NAN
+  ocr_values, look = rng.random(8), rng.random(8)
+  ocr_values[5] = NAN  # failed
+  columns = {"look": _column(look), "ocr": _column(ocr_values, lines)}
+  whole = combine.combine(columns, rewards, 4, 0.5).rewards
+  found, metrics = credit.advantages(whole, columns, opts, (4, 3))
+  assert found.shape == (8, 12)
+  assert metrics == {"reward/lines_found": pytest.approx(10 / 11)}
+  group = lambda x: policy.group_advantages(x, 4, normalise=True)
+  expected = np.repeat(group(look + 2 * ocr_values)[:, None], 4, 1)
+  first = np.where(np.isnan(ocr_values), NAN, lines[:, 0, 0])
+  expected[:, 1] = group(look + 2 * first)
+  second = np.where(np.arange(8) < 4, lines[:, 1, 0], ocr_values)
+  expected[:4, 3] = np.where(
+    np.arange(4) == 2, expected[:4, 3], group(look + 2 * second)[:4]
+  )
+  np.testing.assert_allclose(
+    found.reshape(8, 4, 3), np.repeat(expected[..., None], 3, 2), atol=1e-6
+  )
+  assert not found[5].any()
+
+
+def test_without_lines_all_codes_learn_alike():
+  values = np.arange(4) / 4
+  told = np.full((4, 1, 3), [0.5, 0.0, 1.0])
+  whole = policy.group_advantages(values, 4, normalise=True)
+  for lines, column in (
+    (0, _column(values, told)),  # not asked for
+    (1, _column(values, np.full((4, 1, 3), NAN))),  # not told
+  ):
+    found, metrics = credit.advantages(
+      values, {"ocr": column}, _options(lines), (2, 2)
+    )
+    np.testing.assert_array_equal(found, np.repeat(whole[:, None], 4, 1))
+    assert metrics == {}
