@@ -154,8 +154,7 @@ def _tiny():
   config["options"] |= {
     "grids": ((6, 6), (13, 8)),
     "token_dropout": 0.0,
-    # As long as signs' captions; of posters the codes say what is cut off.
-    "text_len": 48,
+    "text_len": 64,  # prompts of posters take up to 61
   }
   return config
 

@@ -220,7 +220,7 @@ def _world():
     "num_inference_steps": 8,  # OCR reads what 3 steps paint as well
   }
   config["t5"] |= {
-    "vocab_size": 384,
+    "vocab_size": 512,
     "d_model": 64,
     "d_kv": 16,
     "d_ff": 128,

@@ -10,7 +10,8 @@ from PIL import Image
 import xomni_jax
 from tests.train_runs import ROOT
 from xomni_jax import cli
-from xomni_jax.data import prompts
+from xomni_jax.data import encoder_ids, prompts
+from xomni_jax.data.world import open_world
 from xomni_jax.evals import answers, measure
 from xomni_jax.inference import shipped
 from xomni_jax.rewards import ocr, wire
@@ -70,6 +71,16 @@ def test_shipped_models_share_what_rl_does_not_touch():
   files = list(shipped.ROOT.rglob("*.safetensors"))
   assert len(files) == 8
   assert sum(p.stat().st_size for p in shipped.ROOT.rglob("*")) < 40e6
+
+
+def test_shipped_decoder_reads_prompts_to_their_end():
+  """Colours often come last; a poster's were cut off once."""
+  folder = shipped.find("tiny").flux1 / "tokenizer_2"
+  ids = encoder_ids.load_t5_tokenizer(folder)
+  for level in ("signs", "posters"):
+    world = open_world(level, "test")
+    rows = ids([world.prompt(i) for i in range(1000)])
+    assert (rows == 1).any(axis=1).all(), level  # </s> is there
 
 
 def test_generate_and_chat_need_no_model_named(tmp_path, capsys):

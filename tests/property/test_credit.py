@@ -5,18 +5,18 @@ import pytest
 
 from xomni_jax.data.world import open_world
 from xomni_jax.reward_config import RewardConfig
-from xomni_jax.rewards import combine, ocr, text_lines
-from xomni_jax.rewards.wire import Item
+from xomni_jax.rewards import combine, ocr, text_lines, wire
 from xomni_jax.stage_options import GRPOOptions
-from xomni_jax.training import credit, policy
+from xomni_jax.training import credit, policy, rewarding
 
 NAN = np.nan
 
 
-def _options(lines, rewards=(RewardConfig("ocr", "local:ocr"),), **more):
-  return GRPOOptions(
-    ((32, 32),), rewards, group_size=4, line_advantages=lines, **more
-  )
+OCR = RewardConfig("ocr", "local:ocr")
+
+
+def _options(lines, rewards=(OCR,)):
+  return GRPOOptions(((32, 32),), rewards, group_size=4, line_advantages=lines)
 
 
 def _column(values, lines=None):
@@ -67,7 +67,7 @@ def test_ocr_tells_which_line_of_a_poster_is_wrong(name):
   lines = list(world.sign(3).lines)
   lines[2] = "KIWI"
   score = ocr.make_scorer(engine, spaces=False)
-  found = score([Item("a", image, "", tuple(lines))])[0].raw["lines"]
+  found = score([wire.Item("a", image, "", tuple(lines))])[0].raw["lines"]
   told = np.array(found, np.float64)
   good = [k for k in range(len(lines)) if k != 2]
   assert (told[good, 0] == 1).all()
@@ -76,6 +76,24 @@ def test_ocr_tells_which_line_of_a_poster_is_wrong(name):
   rows = credit.rows_of_lines(told[None, :, 1:], 13)[0]
   assert {int(rows[1 + 2 * k]) for k in good} == set(good)
   assert set(rows[::2]) == {-1}
+
+
+def test_lines_that_a_server_tells_of_are_numbers_or_nothing():
+  told = [
+    [[0.5, 0.1, 0.2], [0, None, None], [1, 0.8, 0.9]],
+    [[0.5, 0.1]],
+    "no lines",
+    [[{}, 1, 2]],
+    None,
+  ]
+  scores = {
+    i: wire.Score(str(i), True, 0.5, {"lines": lines})
+    for i, lines in enumerate(told)
+  }
+  lines = rewarding._column(rewarding._table(scores, 5, 2)).lines
+  assert lines.shape == (5, 2, 3)
+  np.testing.assert_allclose(lines[0], [[0.5, 0.1, 0.2], [0, np.nan, np.nan]])
+  assert np.isnan(lines[1:]).all()
 
 
 def test_row_belongs_to_the_line_with_most_of_it():

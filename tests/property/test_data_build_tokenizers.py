@@ -229,6 +229,13 @@ def test_t5_ids_equal_sentencepiece(folder, prompts):
   assert (rows[len(TEXTS) :] != 2).all(), "a sign's text has unknown characters"
 
 
+def test_t5_has_a_piece_for_each_word_that_is_often_said(folder):
+  """SentencePiece alone takes parts of several words only."""
+  whole = json.loads((folder / "t5/tokenizer.json").read_text("utf-8"))
+  pieces = {piece for piece, _ in whole["model"]["vocab"]}
+  assert {"\u2581sign", "\u2581that", "\u2581with", "\u2581above"} <= pieces
+
+
 def test_t5_ids_stay_below_the_vocabulary(folder):
   whole = json.loads((folder / "t5/tokenizer.json").read_text("utf-8"))
   ids = [t["id"] for t in whole["added_tokens"]]

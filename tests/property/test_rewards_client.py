@@ -226,24 +226,6 @@ def test_failures_of_every_kind_are_told_by_their_names():
   assert column.reasons == {kind: 1 for kind in (*wire.FAILURES, "other")}
 
 
-def test_lines_that_a_server_tells_of_are_numbers_or_nothing():
-  told = [
-    [[0.5, 0.1, 0.2], [0, None, None], [1, 0.8, 0.9]],
-    [[0.5, 0.1]],
-    "no lines",
-    [[{}, 1, 2]],
-    None,
-  ]
-  scores = {
-    i: wire.Score(str(i), True, 0.5, {"lines": lines})
-    for i, lines in enumerate(told)
-  }
-  lines = rewarding._column(rewarding._table(scores, 5, 2)).lines
-  assert lines.shape == (5, 2, 3)
-  np.testing.assert_allclose(lines[0], [[0.5, 0.1, 0.2], [0, np.nan, np.nan]])
-  assert np.isnan(lines[1:]).all()
-
-
 def test_client_cuts_a_request_that_is_too_large(serve):
   items = _items(4, size=30)
   limit = 2.5 * len(wire.entry_json(items[0]))

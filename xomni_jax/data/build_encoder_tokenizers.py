@@ -4,9 +4,11 @@ Files are those of FLUX.1-dev. The same lines give the same bytes.
 """
 
 import base64
+import collections
 import io
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +23,7 @@ from xomni_jax.errors import InputError
 
 _T5_SPECIALS = ("<pad>", "</s>", "<unk>")
 _T5_EXTRA = 100  # <extra_id_99> .. <extra_id_0>, T5's
+_LONGEST = 16  # characters of a piece, SentencePiece's
 
 
 def build_clip(
@@ -93,33 +96,40 @@ def build_t5(
     folder, "vocab_size", vocab_size, _T5_EXTRA + len(_T5_SPECIALS) + 1
   )
   import sentencepiece
+  from sentencepiece import sentencepiece_model_pb2
 
-  model = io.BytesIO()
+  model, lines = io.BytesIO(), list(lines)
   try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(lines),
-      model_writer=model,
-      model_type="unigram",
-      vocab_size=vocab_size - _T5_EXTRA,
-      hard_vocab_limit=False,
-      character_coverage=1.0,
-      pad_id=0,
-      eos_id=1,
-      unk_id=2,
-      bos_id=-1,
-      num_threads=1,
-      minloglevel=2,
-    )
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8") as seeds:
+      seeds.writelines(f"{piece}\t{n}\n" for piece, n in _seeds(lines))
+      seeds.flush()
+      sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        seed_sentencepieces_file=seeds.name,
+        model_type="unigram",
+        vocab_size=vocab_size - _T5_EXTRA,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+      )
   except RuntimeError as e:
     reason = str(e).strip().splitlines()[0]
     raise InputError(
       f"{folder}: no T5 tokenizer of vocab_size {vocab_size} from these lines "
       f"({reason}); give more lines, or a larger vocab_size"
     ) from None
+  proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+  proto.trainer_spec.ClearField("seed_sentencepieces_file")  # a name by chance
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / "spiece.model").write_bytes(model.getvalue())
-  whole = _t5_json(model.getvalue())
+  (folder / "spiece.model").write_bytes(proto.SerializeToString())
+  whole = _t5_json(proto)
   extra = [token["content"] for token in whole["added_tokens"]]
   extra = extra[len(_T5_SPECIALS) :][::-1]
   files.write_json(folder / "tokenizer.json", whole)
@@ -140,11 +150,26 @@ def build_t5(
   )
 
 
-def _t5_json(model: bytes) -> dict[str, Any]:
-  """The tokenizer.json that gives the ids of a SentencePiece model."""
-  from sentencepiece import sentencepiece_model_pb2
+def _seeds(lines: list[str]) -> list[tuple[str, int]]:
+  """What pieces are chosen from, and how often each occurs in the lines.
 
-  proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+  SentencePiece itself counts in how many words a piece occurs, once each. Of a
+  few prompts' words most share no part with another, and would be cut into
+  letters, however often they are said.
+  """
+  counts: collections.Counter[str] = collections.Counter()
+  words = collections.Counter(word for line in lines for word in line.split())
+  for word, count in words.items():
+    whole = f"\u2581{word}"
+    for start in range(len(whole)):
+      for end in range(start + 1, min(len(whole), start + _LONGEST) + 1):
+        counts[whole[start:end]] += count
+  frequent = [(p, n) for p, n in counts.items() if n > 1 or len(p) == 1]
+  return sorted(frequent, key=lambda seed: (-seed[1] * len(seed[0]), seed[0]))
+
+
+def _t5_json(proto) -> dict[str, Any]:
+  """The tokenizer.json that gives the ids of a SentencePiece ModelProto."""
   pieces = [[piece.piece, piece.score] for piece in proto.pieces]
   first = len(pieces)
   names = [f"<extra_id_{i}>" for i in reversed(range(_T5_EXTRA))]

@@ -28,6 +28,7 @@ from xomni_jax.config import (
 )
 from xomni_jax.data import build_encoder_tokenizers, build_tokenizers
 from xomni_jax.data.protocol import load_tokenizer
+from xomni_jax.data.world import open_world
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint, flux1
 from xomni_jax.inference.initial import PARTS, check_fit, random_params
@@ -40,6 +41,7 @@ Params = Mapping[str, Any]
 FLUX_SCHEDULER = SchedulerConfig(256, 4096, 0.5, 1.15)  # FLUX.1-dev's
 # Of the drawn world a tokenizer sees; more lines change no merge that matters.
 _LINES = {"signs": 400, "posters": 200}
+_PROMPTS = 1500  # of each level that T5's sees besides
 
 
 def write_fresh(
@@ -68,9 +70,14 @@ def write_fresh(
       folder that exists.
   """
   check_fit(arch, decoder)
+  prompts: list[str] = []
   if lines is None:
     world = (build_tokenizers.world_lines(n, k) for k, n in _LINES.items())
     lines = itertools.chain.from_iterable(world)
+    # The decoder is told letters by the codes. Prompts of posters, letter by
+    # letter, are too long for it, and their colours come last.
+    levels = [open_world(level) for level in _LINES]
+    prompts = [level.prompt(i) for level in levels for i in range(_PROMPTS)]
   lines = list(lines)
   given = dict(params or {})
   drawn = [part for part in PARTS if part not in given]
@@ -87,7 +94,7 @@ def write_fresh(
     )
     build = build_encoder_tokenizers
     build.build_clip(lines, clip, arch.clip.vocab_size)
-    build.build_t5(lines, t5, arch.t5.vocab_size)
+    build.build_t5([*lines, *prompts], t5, arch.t5.vocab_size)
     write_xomni(out_xomni, arch, transform, decoder, text, params)
     write_flux1(out_flux1, arch, scheduler, (clip, t5), params)
 
