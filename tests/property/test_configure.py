@@ -64,14 +64,14 @@ def test_overrides_change_what_is_there():
       "optim.lr=3e-4",
       "global_batch=16",
       "init.model=/a=b",
-      "phases.4_all.steps=70",
+      "phases.5_all.steps=70",
       "report.profile=(3, 5)",
       "optim.weight_decay=0",
     ],
   )
   cfg, _ = configure.parse(config, "pretrain")
   assert cfg.optim.lr == 3e-4 and cfg.global_batch == 16
-  assert cfg.init.model == "/a=b" and cfg.phases[3].steps == 70
+  assert cfg.init.model == "/a=b" and cfg.phases[4].steps == 70
   assert cfg.report.profile == (3, 5) and cfg.optim.weight_decay == 0.0
 
 
@@ -135,8 +135,8 @@ def change(path, value):
     ("optim.speed", 3, "speed is unknown"),
     ("optim.lr", -1.0, "lr is -1.0, expected above 0"),
     ("data.sources", (), "sources is empty"),
-    ("phases.4_all.train", ("ar/(",), "no expression"),
-    ("phases.4_all.decay", "slowly", "expected one of constant"),
+    ("phases.5_all.train", ("ar/(",), "no expression"),
+    ("phases.5_all.decay", "slowly", "expected one of constant"),
     ("phases", {}, "phases is empty"),
     ("global_batch", 0, "global_batch is 0"),
     ("compute.remat", "some", "expected 'none', 'full' or 'dots'"),
@@ -150,7 +150,7 @@ def test_bad_settings_are_refused_on_one_line(path, value, says):
 
 
 def test_expressions_that_match_nothing_are_refused():
-  config = change("phases.4_all.train", ("ar/lmm/",))
+  config = change("phases.5_all.train", ("ar/lmm/",))
   cfg, arch = configure.parse(config, "config")
   program = build.program(cfg, arch, config)
   with pytest.raises(InputError, match="'ar/lmm/' matches no parameter"):

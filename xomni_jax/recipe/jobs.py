@@ -54,8 +54,9 @@ _QUICK = {
     "phases.2_read.steps=10",
     "phases.2_read.warmup_steps=5",
     "phases.3_draw.steps=60",
-    "phases.4_all.steps=20",
-    "phases.5_anneal.steps=10",
+    "phases.4_posters.steps=10",
+    "phases.5_all.steps=20",
+    "phases.6_anneal.steps=10",
   ),
   "sft": (
     "phases.1_answer.steps=10",
