@@ -46,7 +46,7 @@ def stop_at(process, path, text, how):
   while process.poll() is None:
     if path.exists() and text in path.read_text():
       if how == signal.SIGKILL:
-        os.killpg(process.pid, how)  # its stages too
+        os.killpg(process.pid, how)  # its stage too
       else:
         process.send_signal(how)
       break
@@ -56,22 +56,24 @@ def stop_at(process, path, text, how):
 
 @pytest.fixture(scope="module", params=LEVELS)
 def recipe(request, tmp_path_factory):
-  """(level, runs/) of a recipe that was killed in its first stages and told to
-  stop in its third."""
+  """(level, runs/) of a recipe that was killed in its first stage and told to
+  stop in its second."""
   out = tmp_path_factory.mktemp(request.param)
   flags = ["--quick"] if request.param == "quick" else []
-  vae, decoder = (
-    out / "runs" / stage / "metrics.jsonl" for stage in ("vae", "decoder")
+  vae, tokenizer = (
+    out / "runs" / stage / "metrics.jsonl" for stage in ("vae", "tokenizer")
   )
   killed = stop_at(start(out, *flags), vae, '"step": 50,', signal.SIGKILL)
   assert killed == -signal.SIGKILL
-  told = stop_at(start(out, *flags), decoder, '"step": 20,', signal.SIGTERM)
+  told = stop_at(start(out, *flags), tokenizer, '"step": 20,', signal.SIGTERM)
   assert told == 143
-  before = vae.stat().st_mtime_ns
+  log, before = out / "runs" / "recipe.log", vae.stat().st_mtime_ns
   assert start(out, *flags).wait() == 0
   assert vae.stat().st_mtime_ns == before
-  log = (out / "runs" / "logs" / "decoder-model.log").read_text()
-  assert "resumed at step" in log.rpartition("] decoder\n")[2]
+  again = (
+    log.read_text().rpartition("] tokenizer\n")[2].partition("] decoder\n")
+  )
+  assert "resumed at step" in again[0]
   return request.param, out / "runs"
 
 

@@ -2,21 +2,18 @@
 
 Runs every stage with its tiny config, each as a process of its own, and puts
 what they leave together. A stage that is done is not run again, and one that
-was stopped goes on from its newest checkpoint. Models as small as these train
-as fast on one CPU core as on two: on CPUs two stages run at a time.
+was stopped goes on from its newest checkpoint.
 """
 
-import os
 import pathlib
 import signal
-import subprocess
 import sys
 import time
 
 from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.inference import shipped
 from xomni_jax.recipe import jobs, running
-from xomni_jax.recipe.jobs import CONFIGS, JOINED, SHIPPED, STARTS, Wanted
+from xomni_jax.recipe.jobs import CONFIGS, SHIPPED, STARTS, Wanted
 
 
 def main(argv: list[str]) -> int:
@@ -73,54 +70,34 @@ def main(argv: list[str]) -> int:
     base = pathlib.Path(base).resolve()
     _check_base(base, runs)
   wanted = Wanted(args.quick, args.seed, base, args.rl_steps)
-  with running.claim(runs, wanted) as lock:
+  with running.claim(runs, wanted) as log:
     if base and base != SHIPPED and not (runs / "codes").is_symlink():
       # Which configs name as runs/codes.
       (runs / "codes").symlink_to(base / "codes")
-    _run_all(wanted, args.control, out, lock)
+    _run_all(wanted, args.control, out, log)
   return 0
 
 
-def _run_all(wanted, control, out, lock):
+def _run_all(wanted, control, out, log):
   """All jobs that are not done yet."""
-  # A stop asked for politely reaches the stages, which save.
+  # A stop asked for politely reaches the stage, which saves.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   start = time.monotonic()
   runs = out / "runs"
-  before, rl = jobs.before_rl(wanted), jobs.rl(wanted, control)
-  count = len(before) + len(rl) + control
-
-  def run(first, some, in_pairs=False):
-    todo = [
-      (f"[{first + i}/{count}] {job.name}", job)
-      for i, job in enumerate(some)
-      if not (runs / job.leaves).exists()
-    ]
-    if todo:
-      running.run(todo, out, lock, start, _at_once() if in_pairs else 1)
-
-  run(1, before, in_pairs=True)
-  if before and not (runs / JOINED).exists():
-    join(runs / "decoder" / "model", runs / "sft" / "model", runs / JOINED)
-  run(len(before) + 1, rl)
+  todo = jobs.in_order(wanted, control)
+  count = len(todo) + control
+  for i, job in enumerate(todo, 1):
+    if not (runs / job.leaves).exists():
+      running.run(job, out, log, f"[{i}/{count}]", start)
   made = runs / "tiny"
   if not made.exists():
-    starts = [jobs.left_by(wanted, runs, of) for of in STARTS["grpo"].values()]
-    assemble(*starts, runs / "grpo" / "model", made)
-  if control:
-    run(count, [jobs.control(wanted, runs)])
+    before = [jobs.left_by(wanted, runs, of) for of in STARTS["grpo"].values()]
+    assemble(*before, runs / "grpo" / "model", made)
+  if control and not (runs / "control" / "model").exists():
+    job = jobs.control(wanted, runs)
+    running.run(job, out, log, f"[{count}/{count}]", start)
   minutes, seconds = divmod(round(time.monotonic() - start), 60)
   print(f"{made}: the model; {minutes} min {seconds:02d} s")
-
-
-def _at_once() -> int:
-  """Jobs that have a part of the machine each; an accelerator is one's."""
-  if len(os.sched_getaffinity(0)) < 2:
-    return 1
-  # Another process: this one would keep the accelerator.
-  asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-  said = subprocess.run(asked, capture_output=True, text=True).stdout
-  return 2 if said.strip() == "cpu" else 1
 
 
 def _check_base(base, runs):
@@ -129,28 +106,12 @@ def _check_base(base, runs):
     raise InputError(
       f"--base {base} is what this recipe writes to; name another --out"
     )
-  for left in ("codes", *STARTS["grpo"].values()):
+  for left in ("codes", "sft/metrics.jsonl", *STARTS["grpo"].values()):
     if not (base / left).exists():
       raise InputError(
         f"--base {base} has no {left}, expected the runs/ of a recipe that is "
         "done as far as reinforcement learning; let `xomni recipe` make it"
       )
-
-
-def join(decoder: pathlib.Path, ar: pathlib.Path, out: pathlib.Path) -> None:
-  """An X-Omni folder with one's decoder and the other's AR model.
-
-  Args:
-    decoder, ar: X-Omni folders of the same image tokenizer.
-    out: a new folder.
-  """
-  from xomni_jax.checkpoints import released
-  from xomni_jax.inference import checkpoint, fresh
-  from xomni_jax.mesh import make_mesh
-
-  part = checkpoint.open_checkpoint(ar).parts["ar"]
-  trained = released.load(part, make_mesh(), "float32")
-  fresh.replace_parts(decoder, out, {"ar": trained})
 
 
 def assemble(

@@ -14,18 +14,15 @@ _CODES = {
   "posters": {"train": (10_000, 300), "validation": (500, 50)},
 }
 _SHARD = 1024
-# The AR model after fine-tuning, and the decoder, in one X-Omni folder.
-JOINED = "joined"
-# Where a stage starts: {setting: what another one left}.
+# Where a stage starts: {setting: what another stage left}.
 STARTS = {
   "vae": {},
   "tokenizer": {},
   "decoder": {"model": "tokenizer/model", "flux": "vae/model"},
-  "pretrain": {"model": "tokenizer/model"},
+  "pretrain": {"model": "decoder/model"},
   "sft": {"model": "pretrain/model"},
-  "grpo": {"model": JOINED, "flux": "decoder/flux1"},
+  "grpo": {"model": "sft/model", "flux": "decoder/flux1"},
 }
-_READ_CODES = ("pretrain", "sft")
 # {stage: settings} that make it a try of half a minute: losses fall, no more.
 # Signs alone: programs are compiled for one size.
 _SIGNS = "{}.sources=({{'path': 'world:signs:{}', 'task': '{}'}},)"
@@ -72,7 +69,7 @@ _QUICK = {
     "phases.1_all.warmup_steps=0",
   ),
 }
-_RL = "grpo"  # what --base leaves to be trained
+_RL = ("grpo",)  # what --base leaves to be trained
 SHIPPED = shipped.NAMES[1]  # the --base that comes with the package
 _TIMED = 60  # steps of fine-tuning that tell how long one takes
 _CONTROL_SEED = 1000  # added: other records, in another order, than before
@@ -102,45 +99,34 @@ class Job(NamedTuple):
     name: of it.
     argv: arguments of `xomni`.
     leaves: what is under runs/ when it is done.
-    needs: what has to be there before.
   """
 
   name: str
   argv: tuple[str, ...]
   leaves: str
-  needs: tuple[str, ...] = ()
 
 
-def before_rl(wanted: Wanted) -> list[Job]:
-  """What is run up to fine-tuning; two branches after the tokenizer."""
+def in_order(wanted: Wanted, with_control: bool = False) -> list[Job]:
+  """What is run, in order, up to the model after reinforcement learning.
+
+  Args:
+    with_control: what the control needs besides is made too.
+  """
   if wanted.base:
-    return []
+    found = [_stage(stage, wanted) for stage in _RL]
+    if with_control and wanted.base == SHIPPED:
+      found += [*_codes(wanted, SHIPPED), _timing(wanted)]
+    return found
   found = []
   for stage in STARTS:
     if stage == "pretrain":
-      found += _codes(wanted, "tokenizer/model")
-    if stage != _RL:
-      found.append(_stage(stage, wanted))
+      found += _codes(wanted, "runs/tokenizer/model")
+    found.append(_stage(stage, wanted))
   return found
 
 
-def rl(wanted: Wanted, with_control: bool = False) -> list[Job]:
-  """Reinforcement learning, each job alone on the machine.
-
-  Args:
-    with_control: what the control needs besides is made too: codes, if there
-      are none, and the time of a step.
-  """
-  found = [_stage(_RL, wanted)]
-  if with_control:
-    if wanted.base == SHIPPED:
-      found += _codes(wanted)
-    found.append(_timing(wanted))
-  return found
-
-
-def _codes(wanted: Wanted, model: str = "") -> list[Job]:
-  """Images of the drawn world as codes of a model; "": of the shipped one."""
+def _codes(wanted: Wanted, model: str) -> list[Job]:
+  """Images of the drawn world as codes of a model."""
   return [
     _codes_of(level, split, counts[wanted.quick], model)
     for level, splits in _CODES.items()
@@ -153,22 +139,18 @@ def _codes_of(level, split, count, model):
   shards = -(-count // _SHARD)
   return Job(
     f"codes of {level}, {split}",
-    ("tokenize-dataset", "--model", f"runs/{model}" if model else SHIPPED,
+    ("tokenize-dataset", "--model", model,
      "--source", f"world:{level}:{split}", "--count", str(count),
      "--shard-size", str(_SHARD), "--out", f"runs/{out}"),
     # Shards are made in order, each whole or not at all.
     f"{out}/codes-{shards - 1:05d}-of-{shards:05d}.array_record",
-    (model,) if model else (),
   )  # fmt: skip
 
 
 def _timing(wanted: Wanted) -> Job:
-  """A little fine-tuning, to know how long its steps take.
-
-  The stage itself ran beside another, on a part of the machine.
-  """
-  start = left_by(wanted, pathlib.Path("runs"), JOINED)
-  return _tuning(wanted.seed, "timing", start, _TIMED)
+  """A little fine-tuning, where nobody knows how long its steps take."""
+  job = _stage("sft", wanted._replace(quick=False))
+  return _tuning(job, "timing", SHIPPED, _TIMED)
 
 
 def control(wanted: Wanted, runs: pathlib.Path) -> Job:
@@ -181,17 +163,19 @@ def control(wanted: Wanted, runs: pathlib.Path) -> Job:
     wanted: the recipe; both start from the same model.
     runs: folder of its runs.
   """
-  each = statistics.median(_step_seconds(runs / "timing"))
-  all_ = _step_seconds(runs / _RL)
+  timed = runs / "timing"
+  if wanted.base != SHIPPED:
+    timed = pathlib.Path(wanted.base or runs) / "sft"
+  each = statistics.median(_step_seconds(timed))
+  all_ = _step_seconds(runs / "grpo")
   # Medians leave compilation out.
   steps = max(1, round(len(all_) * statistics.median(all_) / each))
-  start = left_by(wanted, runs, JOINED)
-  return _tuning(wanted.seed + _CONTROL_SEED, "control", start, steps)
+  job = _stage("sft", Wanted(seed=wanted.seed + _CONTROL_SEED))
+  return _tuning(job, "control", left_by(wanted, runs, "sft/model"), steps)
 
 
-def _tuning(seed: int, name: str, model: str | pathlib.Path, steps: int) -> Job:
+def _tuning(job: Job, name: str, model: str | pathlib.Path, steps: int) -> Job:
   """The stage `sft` from another model, for so many steps."""
-  job = _stage("sft", Wanted(seed=seed))
   return Job(
     name,
     (
@@ -219,9 +203,6 @@ def _step_seconds(run: pathlib.Path) -> list[float]:
 
 
 def _stage(stage: str, wanted: Wanted) -> Job:
-  needs = () if wanted.base else tuple(STARTS[stage].values())
-  if stage in _READ_CODES and not wanted.base:
-    needs += tuple(job.leaves for job in _codes(wanted))
   settings = [
     f"init.{name}={left_by(wanted, pathlib.Path('runs'), left)}"
     for name, left in STARTS[stage].items()
@@ -239,7 +220,7 @@ def _stage(stage: str, wanted: Wanted) -> Job:
         "checkpoint.every",
       )
     ]
-  if stage == _RL and wanted.rl_steps:
+  if stage in _RL and wanted.rl_steps:
     settings.append(f"phases.1_all.steps={wanted.rl_steps}")
   return Job(
     stage,
@@ -250,14 +231,13 @@ def _stage(stage: str, wanted: Wanted) -> Job:
       *(f"--config.{setting}" for setting in settings),
     ),
     f"{stage}/model",
-    needs,
   )
 
 
 def left_by(
   wanted: Wanted, runs: pathlib.Path, left: str
 ) -> pathlib.Path | str:
-  """What there is before reinforcement learning, of a run or the package."""
+  """What a stage before reinforcement learning left, or the package has."""
   if wanted.base == SHIPPED:
     return SHIPPED
   return pathlib.Path(wanted.base or runs) / left

@@ -3,27 +3,25 @@
 import contextlib
 import fcntl
 import json
-import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from typing import IO, NamedTuple
+from typing import IO
 
 from xomni_jax.errors import InputError, RunError
 from xomni_jax.recipe import jobs
 from xomni_jax.recipe.jobs import Job, Wanted
 
-_LOCK, _ASKED, _LOGS = "recipe.lock", "recipe.json", "logs"
+_LOG, _ASKED = "recipe.log", "recipe.json"
 _POLL, _PATIENCE = 0.5, 10.0  # s
 _SAY = 30.0  # s between lines where there is no terminal
 
 
 @contextlib.contextmanager
 def claim(runs: pathlib.Path, wanted: Wanted):
-  """Makes the folder of runs ours, for what is wanted; yields its lock.
+  """Makes the folder of runs ours, for what is wanted; yields its log.
 
   Raises:
     InputError: it holds what something else made, or a process still writes.
@@ -31,8 +29,7 @@ def claim(runs: pathlib.Path, wanted: Wanted):
   ours = json.loads(json.dumps(wanted._asdict(), default=str))
   path = runs / _ASKED
   there = json.loads(path.read_text()) if path.exists() else None
-  whole = [*jobs.before_rl(Wanted()), *jobs.rl(Wanted())]
-  names = {job.leaves.split("/")[0] for job in whole}
+  names = {job.leaves.split("/")[0] for job in jobs.in_order(Wanted())}
   if there is None and any((runs / name).exists() for name in names):
     raise InputError(
       f"{runs} holds runs that no recipe made; name another --out"
@@ -43,19 +40,19 @@ def claim(runs: pathlib.Path, wanted: Wanted):
       f"{json.dumps(ours)}; name another --out"
     )
   runs.mkdir(parents=True, exist_ok=True)
-  with (runs / _LOCK).open("ab") as lock:
-    # Jobs inherit it: a recipe killed alone leaves its stages running.
-    if not _taken(lock):
+  with (runs / _LOG).open("ab") as log:
+    # Jobs inherit it: a recipe killed alone leaves its stage running.
+    if not _lock(log):
       raise InputError(
         f"{runs} is being written to by another recipe, or by a stage that one "
         "left running; wait for it or stop it"
       )
     if there is None:
       path.write_text(json.dumps(ours) + "\n")
-    yield lock
+    yield log
 
 
-def _taken(file: IO[bytes]) -> bool:
+def _lock(file: IO[bytes]) -> bool:
   """Whether nobody else has it, or soon gives it up: a stage that is killed
   lives on for a moment."""
   end = time.monotonic() + _PATIENCE
@@ -70,127 +67,63 @@ def _taken(file: IO[bytes]) -> bool:
       return True
 
 
-class _Going(NamedTuple):
-  """A job that runs: what it writes to and from where, and its CPUs."""
-
-  label: str
-  child: subprocess.Popen
-  log: pathlib.Path
-  seen: int
-  cpus: frozenset[int]
-
-
 def run(
-  todo: Sequence[tuple[str, Job]],
-  out: pathlib.Path,
-  lock: IO[bytes],
-  start: float,
-  at_once: int = 1,
+  job: Job, out: pathlib.Path, log: IO[bytes], label: str, start: float
 ) -> None:
-  """Runs jobs, each as soon as what it needs is there, and shows how far.
+  """Runs a job in a folder and shows how far it is.
 
   Args:
-    todo: (label of the lines that are shown, job).
-    out: the folder they run in; runs/ is there, with a log of each.
-    lock: of runs/, which they inherit.
+    log: open for more; what the job says.
+    label: of the lines that are shown.
     start: time.monotonic() of the recipe.
-    at_once: jobs; each has its own part of the CPUs, always equally large, so
-      that a result does not depend on what ran beside it.
   Raises:
-    RunError: one failed; what it said is in its log. The others are told to
-      stop, and save.
+    RunError: it failed; what it said is in the log.
   """
-  waiting, free = list(todo), _parts(at_once)
-  going: list[_Going] = []
+  path = pathlib.Path(log.name)
+  log.write(f"\n{label} {job.name}\n".encode())
+  log.flush()
+  seen = log.seek(0, 2)
+  command = [sys.executable, "-m", "xomni_jax", *job.argv]
+  child = subprocess.Popen(command, cwd=out, stdout=log, stderr=log)
   try:
-    while waiting or going:
-      ready = [(label, job) for label, job in waiting if _ready(job, out)]
-      for label, job in ready[: len(free)]:
-        waiting.remove((label, job))
-        going.append(_begin(label, job, out, lock, free.pop()))
-      if not going:
-        label, job = waiting[0]
-        raise RunError(
-          f"{label} needs {', '.join(job.needs)} in {out / 'runs'}, which no "
-          "other job leaves; it was there before: start anew in another --out"
-        )
-      _watch(going, start)
-      for done in [g for g in going if g.child.poll() is not None]:
-        going.remove(done)
-        free.append(done.cpus)
-        if done.child.returncode:
-          raise RunError(
-            f"{done.label} failed (exit status {done.child.returncode}): "
-            f"{_last_line(done)}; all of it is in {done.log}"
-          )
+    _watch(child, path, seen, f"{label} {job.name}", start)
   finally:
     # An interrupt or SIGTERM: training saves before it ends.
-    for one in going:
-      one.child.terminate()
-    for one in going:
-      one.child.wait()
-
-
-def _ready(job, out):
-  return all((out / "runs" / need).exists() for need in job.needs)
-
-
-def _parts(count):
-  """The CPUs of this process in so many parts, one that is left out."""
-  cpus = sorted(os.sched_getaffinity(0))
-  each = max(1, len(cpus) // count)
-  return [
-    frozenset(cpus[i * each : (i + 1) * each]) or frozenset(cpus)
-    for i in range(count)
-  ]
-
-
-def _begin(label, job, out, lock, cpus) -> _Going:
-  path = out / "runs" / _LOGS / f"{job.leaves.replace('/', '-')}.log"
-  path.parent.mkdir(exist_ok=True)
-  with path.open("ab") as log:
-    log.write(f"\n{label}\n".encode())
-    log.flush()
-    seen = log.seek(0, 2)
-    child = subprocess.Popen(
-      [sys.executable, "-m", "xomni_jax", *job.argv],
-      cwd=out,
-      stdout=log,
-      stderr=log,
-      pass_fds=(lock.fileno(),),
+    if child.poll() is None:
+      child.terminate()
+      child.wait()
+  if child.returncode:
+    raise RunError(
+      f"{job.name} failed (exit status {child.returncode}): "
+      f"{_last_line(path, seen)}; all of it is in {path}"
     )
-  os.sched_setaffinity(child.pid, cpus)
-  return _Going(label, child, path, seen, cpus)
 
 
-def _watch(going, start):
-  """Shows the last lines of the logs until a job ends."""
+def _watch(child, log, seen, label, start):
+  """Shows the last line of the log until the child ends."""
   live, said = sys.stderr.isatty(), 0.0
-  while all(one.child.poll() is None for one in going):
+  while child.poll() is None:
     time.sleep(_POLL)
     now = time.monotonic()
     if not live and now - said < _SAY:
       continue
     said = now
     minutes, seconds = divmod(int(now - start), 60)
-    clock = f"{minutes}:{seconds:02d}"
-    lines = [f"{one.label}, {clock}: {_last_line(one)}" for one in going]
+    line = f"{label}, {minutes}:{seconds:02d}: {_last_line(log, seen)}"
     if live:
-      room = shutil.get_terminal_size().columns - 1
-      each = room // len(lines) - 1
-      line = " ".join(f"{line[:each]:<{each}}" for line in lines)
-      print(f"\r{line}", end="", file=sys.stderr, flush=True)
+      width = shutil.get_terminal_size().columns - 1
+      print(f"\r{line[:width]:<{width}}", end="", file=sys.stderr, flush=True)
     else:
-      print("\n".join(lines), file=sys.stderr, flush=True)
+      print(line, file=sys.stderr, flush=True)
   if live:
     print(file=sys.stderr)
 
 
-def _last_line(job: _Going) -> str:
+def _last_line(log, seen):
   """The last line that a job wrote, or of a progress bar its last state."""
-  with job.log.open("rb") as file:
+  with log.open("rb") as file:
     end = file.seek(0, 2)
-    file.seek(max(job.seen, end - 2000))
+    file.seek(max(seen, end - 2000))
     text = file.read().decode("utf-8", "replace")
   lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
   return next((line for line in reversed(lines) if line), "starting")
