@@ -136,7 +136,7 @@ def _tiny():
     "global_batch": 64,  # 8 prompts of 8
     "phases": {
       "1_all": {
-        "steps": 40,
+        "steps": 200,
         "train": ("ar/",),
         "warmup_steps": 5,
         "decay": "linear",
@@ -160,12 +160,13 @@ def _tiny():
     "frozen_dtype": "float32",
     **model_sections("world"),
   }
-  config["optim"] |= {"lr": 4e-4, "b2": 0.98}
+  config["optim"] |= {"lr": 6e-4, "b2": 0.98}
   config["options"] |= {
     "sizes": ((96, 96), (208, 128)),
     "group_size": 8,
     # Groups differ more often than at 1, and what is learned holds there.
-    "temperature": 1.2,
+    "temperature": 1.4,
+    "line_advantages": 6,  # those of a poster
     "min_p": 0.0,
     "overlap": 0,
     "prompt_len": 80,
@@ -186,6 +187,6 @@ def _tiny():
 def _world(split):
   source = {"task": "prompt"}
   return (
-    {**source, "path": f"world:signs:{split}", "weight": 0.6},
-    {**source, "path": f"world:posters:{split}", "weight": 0.4},
+    {**source, "path": f"world:signs:{split}", "weight": 0.5},
+    {**source, "path": f"world:posters:{split}", "weight": 0.5},
   )

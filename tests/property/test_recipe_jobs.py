@@ -162,6 +162,7 @@ def test_settings_of_all_stages_are_accepted(quick):
     given = dict(a.lstrip("-").split("=", 1) for a in job.argv[1:])
     config = configure.read(given.pop("config"))
     given.pop("workdir")
+    assert given.pop("cpu-devices") == "auto"
     configure.override(
       config, [f"{k.removeprefix('config.')}={v}" for k, v in given.items()]
     )

@@ -203,6 +203,7 @@ def learn(workdir: pathlib.Path, steps: int) -> None:
   command = (
     *(sys.executable, "-m", "xomni_jax", "train"),
     *(f"--config={_CONFIG}:tiny", f"--workdir={workdir}"),
+    "--cpu-devices=auto",
     *(f"--config.{setting}" for setting in settings),
   )
   # Its progress goes where people look; what this command prints is the page.

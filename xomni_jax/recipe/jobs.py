@@ -228,6 +228,7 @@ def _stage(stage: str, wanted: Wanted) -> Job:
       "train",
       f"--config={CONFIGS}/{stage}.py:tiny",
       f"--workdir=runs/{stage}",
+      "--cpu-devices=auto",
       *(f"--config.{setting}" for setting in settings),
     ),
     f"{stage}/model",

@@ -1,12 +1,15 @@
 """`xomni train`: from a command line to a run."""
 
 import argparse
+import os
 import pathlib
 
 import jax
 
 from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.training import build, configure, loop
+
+_MOST = 8  # devices that a CPU is split into; the tiny batches divide by it
 
 
 def main(argv: list[str]) -> int:
@@ -19,6 +22,7 @@ def main(argv: list[str]) -> int:
     RunError: the loss is no longer finite.
   """
   args, changes = _parse(argv)
+  split_cpu(args.cpu_devices)
   connect(args.distributed)
   config = configure.read(args.config)
   configure.override(config, changes)
@@ -60,11 +64,37 @@ def _parse(argv):
     help="one of several processes: as TPU pods, GKE or Slurm tell it, or by "
     "the address of process 0, their number and this one's",
   )
+  add(
+    "--cpu-devices",
+    metavar="auto|N",
+    help="devices that a CPU is split into, which share the batch: a tiny "
+    "model hardly trains faster on several cores, and twice as fast on two "
+    "devices; auto: one a core, a power of two, at most 8",
+  )
   # Before argparse, which would read --config.x as an abbreviation.
   mark = "--config."
   changes = [a.removeprefix(mark) for a in argv if a.startswith(mark)]
   rest = [a for a in argv if not a.startswith(mark)]
   return parser.parse_args(rest), changes
+
+
+def split_cpu(how: str | None) -> None:
+  """Splits the CPU into devices; to be called before JAX looks for any.
+
+  Args:
+    how: "auto" or a number; None: the CPU is one device.
+  Raises:
+    InputError: it is neither.
+  """
+  if how is None:
+    return
+  cores = min(_MOST, len(os.sched_getaffinity(0)))
+  count = str(1 << (cores.bit_length() - 1)) if how == "auto" else how
+  if not (count.isascii() and count.isdigit() and int(count)):
+    raise InputError(
+      f"--cpu-devices {how!r}: expected auto or a number from 1, such as 2"
+    )
+  jax.config.update("jax_num_cpu_devices", int(count))
 
 
 def connect(how: str | None) -> None:
