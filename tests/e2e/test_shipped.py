@@ -66,8 +66,13 @@ def test_shipped_models_answer_about_words_they_never_saw(model):
 def test_shipped_models_share_what_rl_does_not_touch():
   one, other = (xomni_jax.load(name) for name in shipped.NAMES)
   for part, params in one.params.items():
-    same = _equal(params, other.params[part])
-    assert same != (part == "ar")
+    if part != "ar":
+      assert _equal(params, other.params[part]), part
+  # Texts pass these by: both models read alike.
+  drawing = {"vision_out", "mm_norm", "mm_head"}
+  for name, params in one.params["ar"].items():
+    same = _equal(params, other.params["ar"][name])
+    assert same != (name in drawing), name
   files = list(shipped.ROOT.rglob("*.safetensors"))
   assert len(files) == 8
   assert sum(p.stat().st_size for p in shipped.ROOT.rglob("*")) < 40e6
