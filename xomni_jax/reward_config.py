@@ -5,7 +5,7 @@ import math
 import re
 from typing import NamedTuple
 
-from xomni_jax.config import _positive, _validate
+from xomni_jax.checks import positive, validate
 from xomni_jax.errors import InputError
 
 OCR_ENGINES = ("rapidocr", "tesseract", "paddleocr", "got")
@@ -120,7 +120,7 @@ class RewardConfig:
       source_problem = ""
     except InputError as e:
       source_problem = str(e)
-    _validate(
+    validate(
       self,
       (
         bool(_NAME.fullmatch(self.name)),
@@ -145,7 +145,7 @@ class RewardConfig:
         -math.inf < self.low < self.high < math.inf,
         f"low {self.low} is not below high {self.high}",
       ),
-      *_positive(
+      *positive(
         self,
         "floor",
         "deadline",
@@ -197,7 +197,7 @@ class CombineConfig:
   drift_fall: float = 0.02
 
   def __post_init__(self):
-    _validate(
+    validate(
       self,
       (
         0 < self.quorum <= 1,
@@ -207,7 +207,7 @@ class CombineConfig:
         0 <= self.max_failure_rate <= 1,
         f"max_failure_rate is {self.max_failure_rate}, expected 0 to 1",
       ),
-      *_positive(self, "window", "drift_rise", "drift_fall"),
+      *positive(self, "window", "drift_rise", "drift_fall"),
       (
         self.drift_window >= 0,
         f"drift_window is {self.drift_window}, expected from 0",

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from xomni_jax.config import _positive, _validate
+from xomni_jax.checks import positive, validate
 from xomni_jax.reward_config import CombineConfig, RewardConfig, check_rewards
 
 
@@ -69,10 +69,10 @@ class TokenizerOptions:
   loss_chunk: int = 1024
 
   def __post_init__(self):
-    _validate(
+    validate(
       self,
       (len(self.grids) > 0, "grids is empty"),
-      *_positive(
+      *positive(
         self, "text_len", "temperature", "kmeans_batches", "loss_chunk"
       ),
       (0 <= self.skip <= 1, f"skip is {self.skip}, expected 0 to 1"),
@@ -102,9 +102,9 @@ class ARTrainOptions:
   loss_chunk: int = 1024
 
   def __post_init__(self):
-    _validate(
+    validate(
       self,
-      *_positive(self, "loss_chunk"),
+      *positive(self, "loss_chunk"),
       (
         min(self.text_weight, self.image_weight) >= 0,
         "text_weight and image_weight: expected from 0",
@@ -131,7 +131,7 @@ class DecoderOptions:
   preview_steps: int = 8
 
   def __post_init__(self):
-    _validate(
+    validate(
       self,
       (len(self.grids) > 0, "grids is empty"),
       (
@@ -215,9 +215,9 @@ class GRPOOptions:
   rollout_mesh: tuple[tuple[str, int], ...] = ()
 
   def __post_init__(self):
-    _validate(
+    validate(
       self,
-      *_positive(
+      *positive(
         self,
         *("minibatches", "epochs", "temperature", "prompt_len", "paint_rows"),
         *("paint_steps", "loss_chunk"),

@@ -7,7 +7,8 @@ config.py.
 import dataclasses
 import re
 
-from xomni_jax.config import Compute, _positive, _validate
+from xomni_jax.checks import positive, validate
+from xomni_jax.config import Compute
 
 DECAYS = ("constant", "cosine", "linear")
 TASKS = (
@@ -51,13 +52,13 @@ class SourceConfig:
   count: int = 0
 
   def __post_init__(self):
-    _validate(
+    validate(
       self,
       (
         self.task in TASKS,
         f"task is {self.task!r}, expected one of {', '.join(TASKS)}",
       ),
-      *_positive(self, "weight"),
+      *positive(self, "weight"),
       (
         min(self.first, self.count) >= 0,
         f"first {self.first} and count {self.count} are not both from 0",
@@ -94,10 +95,10 @@ class DataConfig:
   text_backend: str = "tokenizers"
 
   def __post_init__(self):
-    _validate(
+    validate(
       self,
       (len(self.sources) > 0, "sources is empty, name at least one"),
-      *_positive(self, "window", "turns"),
+      *positive(self, "window", "turns"),
       (
         min(self.seq_len, self.workers) >= 0,
         f"seq_len {self.seq_len}, workers {self.workers}: expected from 0",
@@ -146,9 +147,9 @@ class Phase:
   data: DataConfig | None = None
 
   def __post_init__(self):
-    _validate(
+    validate(
       self,
-      *_positive(self, "steps", "lr_scale"),
+      *positive(self, "steps", "lr_scale"),
       (
         0 <= self.warmup_steps <= self.steps,
         f"warmup_steps is {self.warmup_steps}, expected 0 to {self.steps}",
@@ -193,9 +194,9 @@ class OptimConfig:
   ema: float = 0.0
 
   def __post_init__(self):
-    _validate(
+    validate(
       self,
-      *_positive(self, "lr", "eps", "accumulate"),
+      *positive(self, "lr", "eps", "accumulate"),
       (
         0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 <= self.ema < 1,
         f"b1 {self.b1}, b2 {self.b2}, ema {self.ema}: expected 0 to below 1",
@@ -226,9 +227,9 @@ class CheckpointConfig:
   export: bool = True
 
   def __post_init__(self):
-    _validate(
+    validate(
       self,
-      *_positive(self, "every", "keep_last"),
+      *positive(self, "every", "keep_last"),
       (self.keep_every >= 0, f"keep_every is {self.keep_every}, below 0"),
     )
 
@@ -253,9 +254,9 @@ class ReportConfig:
   peak_flops: float = 0.0
 
   def __post_init__(self):
-    _validate(
+    validate(
       self,
-      *_positive(self, "log_every", "eval_batches"),
+      *positive(self, "log_every", "eval_batches"),
       (
         min(self.eval_every, self.preview_every) >= 0,
         f"eval_every {self.eval_every}, preview_every {self.preview_every}: "
@@ -334,9 +335,9 @@ class TrainConfig:
     raise AssertionError("a run has at least one phase")
 
   def __post_init__(self):
-    _validate(
+    validate(
       self,
-      *_positive(self, "global_batch"),
+      *positive(self, "global_batch"),
       (len(self.phases) > 0, "phases is empty, name at least one"),
       (
         0 <= self.seed < 2**32,

@@ -17,14 +17,11 @@ from tests.random_checkpoint import Recipe, write_checkpoint
 from xomni_jax.config import (
   Architecture,
   ARConfig,
-  CLIPConfig,
-  FluxConfig,
   SiglipConfig,
-  T5Config,
   TransformConfig,
-  VAEConfig,
   VQConfig,
 )
+from xomni_jax.flux_config import CLIPConfig, FluxConfig, T5Config, VAEConfig
 
 # Vocabularies in the order text, codes, image side; px in the name.
 RECIPES = {

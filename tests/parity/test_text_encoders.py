@@ -20,7 +20,8 @@ from xomni_jax.checkpoints.released_config import (
   read_json,
   t5_config,
 )
-from xomni_jax.config import CLIPConfig, Compute, T5Config
+from xomni_jax.config import Compute
+from xomni_jax.flux_config import CLIPConfig, T5Config
 from xomni_jax.models import text_encoders as te
 
 # Values reach 4; float32 sums in another order differ by 1e-5 of that, while

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import agree, params_from_torch, randomise, recorded
-from xomni_jax.config import ARConfig, FluxConfig
+from xomni_jax.config import ARConfig
+from xomni_jax.flux_config import FluxConfig
 from xomni_jax.models import ar, flux
 
 torch = pytest.importorskip("torch")

@@ -17,7 +17,8 @@ from tests.helpers import (
   read_folder,
 )
 from xomni_jax.checkpoints.released_config import read_json, vae_config
-from xomni_jax.config import Compute, VAEConfig
+from xomni_jax.config import Compute
+from xomni_jax.flux_config import VAEConfig
 from xomni_jax.models import vae
 
 # Values reach 3; float32 sums in another order differ by 1e-5 to 3e-5 of that,

@@ -10,7 +10,8 @@ import numpy as np
 
 from xomni_jax import params as params_lib
 from xomni_jax.bench import measure, torch_work, work
-from xomni_jax.config import ARConfig, Compute, FluxConfig
+from xomni_jax.config import ARConfig, Compute
+from xomni_jax.flux_config import FluxConfig
 from xomni_jax.models import ar, flux
 
 # Largest difference that counts as the same result, as a share of the largest

@@ -5,7 +5,8 @@ import math
 
 import jax
 
-from xomni_jax.config import ARConfig, FluxConfig
+from xomni_jax.config import ARConfig
+from xomni_jax.flux_config import FluxConfig
 from xomni_jax.models import ar
 from xomni_jax.training import peaks
 

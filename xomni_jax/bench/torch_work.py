@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from xomni_jax.bench import work
-from xomni_jax.config import ARConfig, FluxConfig
+from xomni_jax.config import ARConfig
+from xomni_jax.flux_config import FluxConfig
 from xomni_jax.inference import flow
 
 

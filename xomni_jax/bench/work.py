@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from xomni_jax import params as params_lib
-from xomni_jax.config import ARConfig, Compute, FluxConfig
+from xomni_jax.config import ARConfig, Compute
+from xomni_jax.flux_config import FluxConfig
 from xomni_jax.inference import flow, sampling
 from xomni_jax.models import ar
 

@@ -9,19 +9,21 @@ from typing import Any
 
 from xomni_jax.config import (
   ARConfig,
-  CLIPConfig,
   DecoderConfig,
-  FluxConfig,
-  SchedulerConfig,
   SiglipConfig,
-  T5Config,
   TransformConfig,
-  VAEConfig,
   VQConfig,
   XOmniConfig,
 )
 from xomni_jax.config_files import from_mapping
 from xomni_jax.errors import InputError
+from xomni_jax.flux_config import (
+  CLIPConfig,
+  FluxConfig,
+  SchedulerConfig,
+  T5Config,
+  VAEConfig,
+)
 
 # Heads can't be read off the ViT's weights, and the released config.json names
 # the ViT only. Source: the table built into the reference implementation.

@@ -7,13 +7,13 @@ reference or its libraries look for.
 import dataclasses
 from typing import Any
 
-from xomni_jax.config import (
+from xomni_jax.config import XOmniConfig
+from xomni_jax.flux_config import (
   CLIPConfig,
   FluxConfig,
   SchedulerConfig,
   T5Config,
   VAEConfig,
-  XOmniConfig,
 )
 
 # Of the libraries in whose layout the files are.

@@ -16,8 +16,9 @@ from xomni_jax.checkpoints import released, released_config
 from xomni_jax.checkpoints.released import Part
 from xomni_jax.checkpoints.released_config import read_json
 from xomni_jax.checkpoints.tensor_files import folder_files, pt_file
-from xomni_jax.config import FluxConfig, SiglipConfig, XOmniConfig
+from xomni_jax.config import SiglipConfig, XOmniConfig
 from xomni_jax.errors import InputError
+from xomni_jax.flux_config import FluxConfig
 from xomni_jax.inference import shipped
 from xomni_jax.inference.flux1 import Flux1, open_flux1, parts_of
 from xomni_jax.inference.hub import resolve

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xomni_jax.config import Compute, FluxConfig, SchedulerConfig
+from xomni_jax.config import Compute
+from xomni_jax.flux_config import FluxConfig, SchedulerConfig
 from xomni_jax.mesh import constrain
 from xomni_jax.models.flux import Flux
 

@@ -7,7 +7,12 @@ from xomni_jax.checkpoints import released_config
 from xomni_jax.checkpoints.released import Part
 from xomni_jax.checkpoints.released_config import read_json
 from xomni_jax.checkpoints.tensor_files import folder_files
-from xomni_jax.config import CLIPConfig, SchedulerConfig, T5Config, VAEConfig
+from xomni_jax.flux_config import (
+  CLIPConfig,
+  SchedulerConfig,
+  T5Config,
+  VAEConfig,
+)
 from xomni_jax.inference import shipped
 from xomni_jax.inference.hub import resolve
 from xomni_jax.models import text_encoders, vae

@@ -22,7 +22,6 @@ from xomni_jax.checkpoints.released_config import read_json
 from xomni_jax.config import (
   Architecture,
   DecoderConfig,
-  SchedulerConfig,
   TransformConfig,
   XOmniConfig,
 )
@@ -30,6 +29,7 @@ from xomni_jax.data import build_encoder_tokenizers, build_tokenizers
 from xomni_jax.data.protocol import load_tokenizer
 from xomni_jax.data.world import open_world
 from xomni_jax.errors import InputError
+from xomni_jax.flux_config import SchedulerConfig
 from xomni_jax.inference import checkpoint, flux1
 from xomni_jax.inference.initial import PARTS, check_fit, random_params
 from xomni_jax.models import ar, flux, siglip, vq

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xomni_jax.config import Compute, FluxConfig
+from xomni_jax.config import Compute
+from xomni_jax.flux_config import FluxConfig
 from xomni_jax.mesh import constrain
 from xomni_jax.models.layers import (
   attention,

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xomni_jax.config import CLIPConfig, Compute, T5Config
+from xomni_jax.config import Compute
+from xomni_jax.flux_config import CLIPConfig, T5Config
 from xomni_jax.mesh import constrain
 from xomni_jax.models.layers import (
   attention,

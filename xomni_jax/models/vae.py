@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from xomni_jax.config import Compute, VAEConfig
+from xomni_jax.config import Compute
+from xomni_jax.flux_config import VAEConfig
 from xomni_jax.mesh import constrain
 from xomni_jax.models.layers import attention
 from xomni_jax.params import Row, flatten

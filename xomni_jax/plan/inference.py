@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from xomni_jax import mesh as mesh_lib
 from xomni_jax import params as params_lib
-from xomni_jax.config import ARConfig, Compute, FluxConfig
+from xomni_jax.config import ARConfig, Compute
+from xomni_jax.flux_config import FluxConfig
 from xomni_jax.inference import flow, sampling
 from xomni_jax.models import ar, flux
 from xomni_jax.plan.compiling import (

@@ -8,15 +8,8 @@ here: it sees the body of a scan once and custom calls not at all.
 
 from collections.abc import Sequence
 
-from xomni_jax.config import (
-  ARConfig,
-  CLIPConfig,
-  FluxConfig,
-  SiglipConfig,
-  T5Config,
-  VAEConfig,
-  VQConfig,
-)
+from xomni_jax.config import ARConfig, SiglipConfig, VQConfig
+from xomni_jax.flux_config import CLIPConfig, FluxConfig, T5Config, VAEConfig
 
 
 def vae_encoder(cfg: VAEConfig, height: int, width: int) -> float:

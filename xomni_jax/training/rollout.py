@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from xomni_jax import params as params_lib
-from xomni_jax.config import Architecture, Compute, SchedulerConfig
+from xomni_jax.config import Architecture, Compute
 from xomni_jax.data import protocol
 from xomni_jax.data.prompts import Prompt
 from xomni_jax.errors import InputError
+from xomni_jax.flux_config import SchedulerConfig
 from xomni_jax.inference import flow, painter, sampling
 from xomni_jax.mesh import to_host
 from xomni_jax.params import Row

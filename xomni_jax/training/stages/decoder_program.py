@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xomni_jax.config import Architecture, SchedulerConfig
+from xomni_jax.config import Architecture
+from xomni_jax.flux_config import SchedulerConfig
 from xomni_jax.inference import flow, flux1, initial
 from xomni_jax.inference.fresh import FLUX_SCHEDULER
 from xomni_jax.models import flux, siglip, text_encoders, vae, vq

@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 from xomni_jax.checkpoints import released
-from xomni_jax.config import Architecture, VAEConfig
+from xomni_jax.config import Architecture
 from xomni_jax.data import pipeline, records
 from xomni_jax.errors import InputError
+from xomni_jax.flux_config import VAEConfig
 from xomni_jax.inference import flux1, fresh
 from xomni_jax.inference.sheets import Picture
 from xomni_jax.mesh import to_host
