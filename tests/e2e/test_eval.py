@@ -4,6 +4,7 @@ The models are the golden checkpoint, whose images are noise, and the same with
 another image head.
 """
 
+import gzip
 import json
 import os
 import pathlib
@@ -109,8 +110,43 @@ def test_measurement_that_is_complete_draws_nothing(
   assert "another measurement (models " in err and len(err.splitlines()) == 1
 
 
+@pytest.fixture(scope="module")
+def packed(measured, tmp_path_factory):
+  """`measured`, as it is kept: its rows went through gzip."""
+  folder = tmp_path_factory.mktemp("packed") / "seed0"
+  shutil.copytree(measured, folder)
+  path = folder / "best-of-n.rows.jsonl"
+  path.with_name(f"{path.name}.gz").write_bytes(
+    gzip.compress(path.read_bytes())
+  )
+  path.unlink()
+  return folder
+
+
+def test_packed_rows_are_scored_but_not_added_to(
+  measured, packed, folders, capsys
+):
+  figures = packed / "best-of-n.json"
+  figures.unlink()
+  assert cli.main(["eval", "score", str(packed)]) == 0
+  assert figures.read_bytes() == (measured / figures.name).read_bytes()
+  capsys.readouterr()
+  assert cli.main(_argv("best-of-n", folders, packed, "--n", "1,2")) == 2
+  err = capsys.readouterr().err
+  assert "gunzip" in err and len(err.splitlines()) == 1
+  path = packed / "best-of-n.rows.jsonl.gz"
+  whole = path.read_bytes()
+  for broken in (whole[:-40], b"no gzip"):
+    path.write_bytes(broken)
+    assert cli.main(["eval", "score", str(packed)]) == 2
+    err = capsys.readouterr().err
+    assert "can't be read" in err and len(err.splitlines()) == 1
+  path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("kept", ["measured", "packed"])
 def test_rows_and_sheets_of_the_same_model_are_reused(
-  measured, folders, tmp_path, monkeypatch
+  kept, measured, folders, tmp_path, monkeypatch, request
 ):
   """Another RL model, here SFT's: nothing of SFT is drawn again."""
   drawn = []
@@ -119,7 +155,7 @@ def test_rows_and_sheets_of_the_same_model_are_reused(
   monkeypatch.setattr(command._Bench, "_drawer", spy)
   models = folders | {"rl": folders["sft"]}
   out = tmp_path / "seed1"
-  more = ["--n", "1,2", "--reuse", str(measured)]
+  more = ["--n", "1,2", "--reuse", str(request.getfixturevalue(kept))]
   assert cli.main(_argv("best-of-n", models, out, *more)) == 0
   assert set(drawn) == {"rl"}
   before, after = (

@@ -122,8 +122,8 @@ def _measure_flags(parser):
     "--reuse",
     metavar="DIR",
     type=pathlib.Path,
-    help="an earlier --out: rows of the same models are taken from it, such "
-    "as SFT's where only RL is another",
+    help="an earlier --out, whose rows may be packed by gzip: those of the "
+    "same models are taken from it, such as SFT's where only RL is another",
   )
   add(
     "--readers",
@@ -256,10 +256,17 @@ class _Bench(contextlib.ExitStack):
       "engines": self._readers.engines,
       **more,
     }
-    self.rows = rows.Rows(_rows_path(self._out, self._name), self.identity)
+    path = _rows_path(self._out, self._name)
+    packed = _kept_rows(self._out, self._name)
+    if packed != path and packed.exists():
+      raise InputError(
+        f"{packed} is packed, and can't be added to; unpack it with gunzip, or "
+        "use a new --out and name this one with --reuse"
+      )
+    self.rows = rows.Rows(path, self.identity)
     self.callback(self.rows.close)
     if args.reuse:
-      other = _rows_path(args.reuse, self._name)
+      other = _kept_rows(args.reuse, self._name)
       self._there = rows.reusable(other, self.identity)
     for split, some in self._prompts.items():
       rows.write_prompts(_prompts_path(self._out, self._name, split), some)
@@ -329,7 +336,7 @@ class _Bench(contextlib.ExitStack):
 def _score(args):
   out, done = pathlib.Path(args.out), []
   for name in (best_of_n.NAME, cfg.NAME):
-    path = _rows_path(out, name)
+    path = _kept_rows(out, name)
     if not path.exists():
       continue
     identity, found = rows.read_rows(path)
@@ -378,6 +385,12 @@ def _report(args):
 
 def _rows_path(out, name):
   return out / f"{name}.rows.jsonl"
+
+
+def _kept_rows(out, name):
+  """The rows, or what gzip made of them, to be read."""
+  path = _rows_path(out, name)
+  return path if path.exists() else path.with_name(f"{path.name}.gz")
 
 
 def _prompts_path(out, name, split):

@@ -1,9 +1,11 @@
 """Lines of JSON that outlive a kill: one value a line, appended whole."""
 
 import contextlib
+import gzip
 import json
 import os
 import sys
+import zlib
 from pathlib import Path
 
 from xomni_jax.errors import InputError
@@ -68,14 +70,20 @@ class Journal:
 def read_journal(path: str | os.PathLike) -> list:
   """The values of a journal; a torn last line is left out.
 
+  Args:
+    path: of the file; one that ends in .gz was packed by gzip.
   Raises:
     InputError: it can't be read, or a line before the last is no JSON.
   """
+  path = Path(path)
   try:
-    data = Path(path).read_bytes()
-  except OSError as e:
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+      data = gzip.decompress(data)
+  except (OSError, EOFError, zlib.error) as e:
+    reason = getattr(e, "strerror", None) or e
     raise InputError(
-      f"{path} can't be read ({e.strerror}), expected lines of JSON"
+      f"{path} can't be read ({reason}), expected lines of JSON"
     ) from None
   lines = data[: data.rfind(b"\n") + 1].splitlines()
   values = []
