@@ -1,6 +1,7 @@
 """`xomni tokenize-dataset`: codes as Model.encode gives them, restartable."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -102,6 +103,21 @@ def test_another_job_in_the_same_folder_is_refused(folder, tmp_path, tiny):
   (out / "dataset.json").write_text("{")
   with pytest.raises(InputError, match=r"dataset.json can't be read"):
     tokenize_dataset.run(job(folder, count=2), tiny, out)
+
+
+def test_model_trained_anew_at_the_same_path_is_another_job(
+  folder, tmp_path, tiny
+):
+  model, out = tmp_path / "model", tmp_path / "out"
+  shutil.copytree(MODEL, model)
+  same = job(folder, count=2, model=str(model))
+  tokenize_dataset.run(same, tiny, out)
+  (path,) = (model / "vit").glob("projector.*")
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+  with pytest.raises(InputError, match=r"another job \(weights '\w+' -> "):
+    tokenize_dataset.run(same, tiny, out)
 
 
 def test_too_many_bad_records_are_an_error(folder, tmp_path, tiny):

@@ -5,13 +5,11 @@ Drawing and reading are stand-ins here: an image is its key's numbers.
 
 import contextlib
 import json
-import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import GOLDEN
 from xomni_jax.errors import InputError, RunError
 from xomni_jax.evals import asked, measure, rows
 from xomni_jax.evals.asked import Asked
@@ -251,34 +249,3 @@ def test_prompts_of_a_file_need_targets_and_sizes(tmp_path):
     with pytest.raises(InputError, match="lack targets or a size") as error:
       asked.open_asked(str(path), 1)
     assert "\n" not in str(error.value)
-
-
-def test_weights_hash_sees_the_decoder_too(tmp_path):
-  model, flux = str(GOLDEN / "xomni"), tmp_path / "flux1"
-  shutil.copytree(GOLDEN / "flux1", flux)
-  before = asked.weights_hash(model, str(flux))
-  seen = {before}
-  for name in ("vae", "text_encoder"):
-    (path,) = (flux / name).glob("*.safetensors")
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    seen.add(asked.weights_hash(model, str(flux)))
-  assert len(seen) == 3
-  alone = asked.weights_hash(model, None, paints=False)
-  assert alone == asked.weights_hash(model, str(flux), paints=False)
-
-
-@pytest.mark.parametrize("whole", [2**26, 1000])
-def test_file_hash_sees_every_part(tmp_path, monkeypatch, whole):
-  """Whole files, and pieces that lie too close to leave anything out."""
-  monkeypatch.setattr(asked, "_WHOLE", whole)
-  path = tmp_path / "model.safetensors"
-  data = bytearray(np.random.default_rng(0).bytes(2**16 * 40))
-  path.write_bytes(data)
-  seen = {asked._file_hash(path)}
-  for place in (0, 2**16 * 17, 2**16 * 40 - 1):
-    data[place] ^= 1
-    path.write_bytes(data)
-    seen.add(asked._file_hash(path))
-  assert len(seen) == 4

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,12 +11,10 @@ from xomni_jax.data import world
 from xomni_jax.data.fields import Record
 from xomni_jax.data.prompts import open_prompts
 from xomni_jax.errors import InputError
-from xomni_jax.inference import checkpoint, shipped
+from xomni_jax.inference import shipped
+from xomni_jax.inference.fingerprint import fingerprint
 
 _WORLD = "world:"
-# Of a weight file up to _WHOLE bytes all is hashed, of a larger one this many
-# pieces at equal distances: no two trainings agree in all of them.
-_WHOLE, _PIECES, _PIECE = 2**26, 64, 2**16
 
 
 class Asked(NamedTuple):
@@ -109,40 +106,18 @@ def prompts_hash(asked: Sequence[Asked]) -> str:
   return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
-def weights_hash(model: str, flux: str | None, paints: bool = True) -> str:
-  """16 hex digits of a model's weights, those of its decoder included.
+def model_hash(model: str, flux: str | None) -> str:
+  """16 hex digits of a model that paints, see `fingerprint`.
 
   Args:
     model: as for `xomni_jax.load`.
     flux: likewise; None: the model brings its own.
-    paints: False: leave its decoder out.
   Raises:
     InputError: the files do not make a model.
   """
-  if paints and flux is None and shipped.find(model) is None:
+  if flux is None and shipped.find(model) is None:
     raise InputError(
       f"painting what {model} draws needs FLUX.1-dev's parts; name them with "
       "--flux"
     )
-  opened = checkpoint.open_checkpoint(model)
-  parts = dict(opened.parts)
-  if paints:
-    parts |= checkpoint.open_decoder(opened, flux or model).parts
-  found = hashlib.sha256()
-  for name, part in sorted(parts.items()):
-    for file in part.files:
-      found.update(f"{name}/{file.path.name}:".encode())
-      found.update(_file_hash(file.path))
-  return found.hexdigest()[:16]
-
-
-def _file_hash(path: pathlib.Path) -> bytes:
-  size = path.stat().st_size
-  with path.open("rb") as file:
-    if size <= _WHOLE:
-      return hashlib.file_digest(file, "sha256").digest()
-    found = hashlib.sha256(str(size).encode())
-    for i in range(_PIECES):
-      file.seek((size - _PIECE) * i // (_PIECES - 1))
-      found.update(file.read(_PIECE))
-  return found.digest()
+  return fingerprint(model, flux or model)

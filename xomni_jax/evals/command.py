@@ -31,6 +31,7 @@ from xomni_jax.evals import (
   rows,
 )
 from xomni_jax.inference import loading
+from xomni_jax.inference.fingerprint import fingerprint
 
 _MODELS = (best_of_n.SFT, best_of_n.RL, best_of_n.CONTROL)
 
@@ -187,7 +188,7 @@ def _answers(args):
     found = answers.measure(model, args.source, args.count, args.batch, bar)
   identity = {
     "measures": answers.NAME,
-    "models": {"model": asked.weights_hash(args.model, None, False)},
+    "models": {"model": fingerprint(args.model)},
     "source": args.source,
     "prompts": {"test": [len(some), asked.prompts_hash(some)]},
   }
@@ -237,7 +238,7 @@ class _Bench(contextlib.ExitStack):
     args = self._args
     models = {m: getattr(args, m, None) for m in _MODELS}
     models = {m: path for m, path in models.items() if path}
-    hashes = {m: asked.weights_hash(p, args.flux) for m, p in models.items()}
+    hashes = {m: asked.model_hash(p, args.flux) for m, p in models.items()}
     self._readers = reading.Readers(args.readers)
     self.callback(self._readers.close)
     self.identity = {

@@ -23,6 +23,7 @@ from xomni_jax.config import TransformConfig
 from xomni_jax.data import fields, images, records, sequences, text_ops
 from xomni_jax.data.pipeline import BadRecords
 from xomni_jax.errors import ArgumentParser, InputError
+from xomni_jax.inference.fingerprint import fingerprint
 from xomni_jax.inference.pipeline import Model
 from xomni_jax.train_config import SourceConfig
 
@@ -39,7 +40,7 @@ class Job:
     source: a path, or world:LEVEL[:SPLIT].
     first, count: records of it; count 0: to the end.
     shard_size: records of a shard, bad ones included.
-    model: path or hub id, for the record.
+    model: path or hub id.
     documents: records are texts: there are no images to encode.
     keep_images: store the images' files with their codes.
     text_backend: of Unicode normalisation; the result is the same.
@@ -192,18 +193,21 @@ def _span(job, length):
 
 def _claim(out, job, count):
   """Writes into the folder whose shards it holds, or compares."""
-  settings = dataclasses.asdict(job) | {"count": count}
+  # A model that was trained anew lies at the same path.
+  parts = () if job.documents else ("siglip", "vq")
+  weights = fingerprint(job.model, only=parts)
+  settings = dataclasses.asdict(job) | {"count": count, "weights": weights}
   settings.pop("text_backend")
   path = out / "dataset.json"
   if path.exists():
     try:
       there = json.loads(path.read_text("utf-8"))
-      differ = [k for k, v in settings.items() if there[k] != v]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+      differ = [k for k, v in settings.items() if there.get(k) != v]
+    except (OSError, ValueError, AttributeError) as e:
       raise InputError(f"{path} can't be read ({e}); use a new --out") from None
     if differ:
       changes = ", ".join(
-        f"{k} {there[k]!r} -> {settings[k]!r}" for k in differ
+        f"{k} {there.get(k)!r} -> {settings[k]!r}" for k in differ
       )
       raise InputError(
         f"{out} holds shards of another job ({changes}); use a new --out"
