@@ -28,13 +28,16 @@ def test_control_trains_for_as_long_as_reinforcement_learning(tmp_path, base):
     timed, model = base / "sft", f"{base}/sft/model"
   elif base:
     timed, model = tmp_path / "timing", base
-  # The first steps have compilation in them, which medians leave out.
+  # The first steps of a size have compilation in them, which does not count.
   sft = [(20, 2.5), (40, 0.5), (60, 0.5)]
   _write(timed, [{"step": s, step: t} for s, t in sft])
-  grpo = [{"step": 1, step: 5.0}, {"step": 2, "held_out/reward": 0.9}]
-  _write(tmp_path / "grpo", [*grpo, {"step": 3, step: 4.0}])
+  seconds = [2.0 if n % 2 else 6.0 for n in range(110)]
+  seconds[0], seconds[1] = 40.0, 30.0
+  grpo = [{"step": n + 1, step: t} for n, t in enumerate(seconds)]
+  grpo.insert(50, {"step": 50, "held_out/reward": 0.9})
+  _write(tmp_path / "grpo", grpo)
   job = jobs.control(jobs.Wanted(seed=3, base=base), tmp_path)
-  assert "--config.phases.2_all.steps=24" in job.argv  # 12 s of 0.5 s each
+  assert "--config.phases.2_all.steps=880" in job.argv  # 440 s of 0.5 s each
   assert "--config.seed=1003" in job.argv
   assert job.argv.count("--workdir=runs/control") == 1
   starts = [a for a in job.argv if "init.model" in a]

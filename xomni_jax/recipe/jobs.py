@@ -72,6 +72,7 @@ _QUICK = {
 _RL = ("grpo",)  # what --base leaves to be trained
 SHIPPED = shipped.NAMES[1]  # the --base that comes with the package
 _TIMED = 60  # steps of fine-tuning that tell how long one takes
+_ALIKE = 20  # steps that have about the same mix of sizes
 _CONTROL_SEED = 1000  # added: other records, in another order, than before
 
 
@@ -166,10 +167,8 @@ def control(wanted: Wanted, runs: pathlib.Path) -> Job:
   timed = runs / "timing"
   if wanted.base != SHIPPED:
     timed = pathlib.Path(wanted.base or runs) / "sft"
-  each = statistics.median(_step_seconds(timed))
-  all_ = _step_seconds(runs / "grpo")
-  # Medians leave compilation out.
-  steps = max(1, round(len(all_) * statistics.median(all_) / each))
+  learned, each = _seconds(runs / "grpo"), _seconds(timed)
+  steps = max(1, round(len(learned) * _usual(learned) / _usual(each)))
   job = _stage("sft", Wanted(seed=wanted.seed + _CONTROL_SEED))
   return _tuning(job, "control", left_by(wanted, runs, "sft/model"), steps)
 
@@ -191,7 +190,17 @@ def _tuning(job: Job, name: str, model: str | pathlib.Path, steps: int) -> Job:
   )
 
 
-def _step_seconds(run: pathlib.Path) -> list[float]:
+def _usual(seconds: list[float]) -> float:
+  """Of a step, without compilation: the median over runs of _ALIKE steps.
+
+  Single steps would not do: those of posters take twice as long as of signs.
+  """
+  runs = [seconds[i : i + _ALIKE] for i in range(0, len(seconds), _ALIKE)]
+  whole = [statistics.mean(run) for run in runs if len(run) == _ALIKE]
+  return statistics.median(whole or [statistics.mean(seconds)])
+
+
+def _seconds(run: pathlib.Path) -> list[float]:
   """Of each step of a run; those between two lines of its log are alike."""
   found, before = [], 0
   for line in (run / "metrics.jsonl").read_text().splitlines():
