@@ -1,5 +1,7 @@
-"""Checks of settings, for the configs."""
+"""Checks of what people ask for, that more than one room needs."""
 
+import os
+import pathlib
 from typing import Any
 
 from xomni_jax.errors import InputError
@@ -18,3 +20,15 @@ def positive(config: Any, *names: str) -> list[tuple[bool, str]]:
     (getattr(config, n) > 0, f"{n} is {getattr(config, n)}, expected above 0")
     for n in names
   ]
+
+
+def make_folder(path: str | os.PathLike) -> pathlib.Path:
+  """Makes a folder where there is none; InputError where it can't be."""
+  path = pathlib.Path(path)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise InputError(
+      f"{path}: the folder can't be made ({e.strerror}); name another one"
+    ) from None
+  return path

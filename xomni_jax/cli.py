@@ -233,7 +233,8 @@ def _chat_flags(parser):
     "--sample",
     dest="greedy",
     action="store_false",
-    help="draw the answer instead of taking the likeliest tokens",
+    default=argparse.SUPPRESS,  # --greedy says it
+    help="draw the answer by the settings above, not the likeliest tokens",
   )
 
 

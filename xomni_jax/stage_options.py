@@ -154,7 +154,8 @@ class GRPOOptions:
     minibatches, epochs: a rollout has `minibatches` global batches, which are
       gone through `epochs` times; 1 and 1: strictly on-policy.
     overlap: 1: rewards of a rollout are awaited while the next one is drawn,
-      by a policy that is one update behind; 0: never stale.
+      by a policy that is `minibatches` x `epochs` updates behind; 0: never
+      stale.
     clip_low, clip_high: of the ratio, below and above 1.
     beta: weight of the KL divergence from the reference policy.
     normalise: divide advantages by the deviation of their group.
@@ -222,7 +223,25 @@ class GRPOOptions:
         *("minibatches", "epochs", "temperature", "prompt_len", "paint_rows"),
         *("paint_steps", "loss_chunk"),
       ),
-      (len(self.sizes) > 0, "sizes is empty, name at least one"),
+      (
+        len(self.sizes) > 0
+        and all(len(s) == 2 and min(s) > 0 for s in self.sizes),
+        f"sizes is {self.sizes}, expected (height, width) pairs in px",
+      ),
+      *(
+        (
+          size == -1 or size > 0,
+          f"rollout_mesh: {axis} is {size}, expected -1 or above 0",
+        )
+        for axis, size in self.rollout_mesh
+      ),
+      (self.top_k >= 0, f"top_k is {self.top_k}, expected from 0"),
+      (0 < self.top_p <= 1, f"top_p is {self.top_p}, expected above 0 to 1"),
+      (0 <= self.min_p < 1, f"min_p is {self.min_p}, expected 0 to below 1"),
+      (
+        self.paint_cfg_scale >= 1,
+        f"paint_cfg_scale is {self.paint_cfg_scale}, expected at least 1",
+      ),
       (self.group_size >= 2, f"group_size is {self.group_size}, below 2"),
       (self.overlap in (0, 1), f"overlap is {self.overlap}, expected 0 or 1"),
       (

@@ -5,6 +5,7 @@ nothing half-written.
 """
 
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -51,6 +52,10 @@ GENERATE = {
     ["--prompt", "x", "--output-path", "a.xyz"],
     ["'.xyz'"],
   ),
+  "format that can't be written": (
+    ["--prompt", "x", "--output-path", "a.psd"],
+    ["'.psd'"],
+  ),
   "mesh without devices": (
     ["--prompt", "x", "--mesh", "data=64"],
     ["needs 64 devices"],
@@ -89,6 +94,11 @@ PROMPTS = {
     '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}',
     "p.jsonl",
     ["twice: 1"],
+  ),
+  "an id that is the number of another": (
+    '{"prompt": "a", "id": "0001"}\n{"prompt": "b"}',
+    "p.jsonl",
+    ["o-0001-0.png would be written twice"],
   ),
 }
 
@@ -194,6 +204,33 @@ def test_unknown_model_is_refused_in_one_line(fails):
   assert "no such folder" in fails(
     "generate", "--model", "./nowhere", "--codes-only", "--prompt", "x"
   )
+
+
+@pytest.mark.parametrize(
+  ("call", "words"),
+  [
+    (lambda m: m.generate("x", size=96), "size is 96, expected"),
+    (lambda m: m.generate("x", size=(96.0, 96.0)), "two whole numbers"),
+    (lambda m: m.generate([1], size=(96, 96)), "prompt is 1, expected a text"),
+    (lambda m: m.chat(None, None), "question is None, expected a text"),
+  ],
+)
+def test_arguments_of_another_type_are_refused(call, words, tiny):
+  with pytest.raises(xomni_jax.InputError, match=re.escape(words)):
+    call(tiny)
+
+
+@pytest.mark.parametrize(
+  ("verb", "flags", "words"),
+  [
+    ("demo", ["--steps", "0"], "--steps is 0"),
+    ("demo", ["--out", __file__], "the folder can't be made"),
+    ("recipe", ["--seed", "-1"], "--seed is -1"),
+    ("recipe", ["--out", __file__], "the folder can't be made"),
+  ],
+)
+def test_demo_and_recipe_refuse_before_they_work(verb, flags, words, fails):
+  assert words in fails(verb, *flags)
 
 
 @pytest.mark.parametrize("dtype", ["int9", "int8", "float16"])

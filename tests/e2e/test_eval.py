@@ -335,6 +335,11 @@ def test_prompts_to_choose_on_are_the_sources_or_named(
   assert cli.main(argv) == 2
   err = capsys.readouterr().err
   assert "--validation" in err and len(err.splitlines()) == 1
+  same = ["--source", "world:signs:test", "--validation", "world:signs:test"]
+  assert cli.main(_argv("cfg", folders, tmp_path / "out", *same)) == 2
+  err = capsys.readouterr().err
+  assert "5 prompts of --validation" in err and len(err.splitlines()) == 1
+  assert not (tmp_path / "out").exists()
 
 
 def test_judge_that_is_not_installed_is_left_out(monkeypatch):
@@ -344,8 +349,27 @@ def test_judge_that_is_not_installed_is_left_out(monkeypatch):
   reading._engine.cache_clear()
 
 
-def test_answers_are_exact_where_chat_gives_the_truth(tmp_path, capsys):
-  """One pass over the truth, against an answer token by token."""
+def test_answers_are_exact_where_chat_gives_the_truth(
+  tmp_path, capsys, monkeypatch
+):
+  """One pass over the truth, against an answer token by token. Of every other
+  image the truth is another one: a letter less, another colour."""
+  real = asked.true_records
+
+  def altered(source, numbers):
+    found = real(source, numbers)
+    for number, record in zip(numbers, found, strict=True):
+      if number % 2:
+        says, colour = answers.QUESTIONS
+        right = dict(record["qa"])
+        other = {"red": "green"}.get(right[colour], "red")
+        wrong = right | {says: right[says][:-1], colour: other}
+        record["qa"] = [[q, wrong[q]] for q, _ in record["qa"]]
+        record["text"] = record["text"][:-2]
+    return found
+
+  monkeypatch.setattr(asked, "true_records", altered)
+  monkeypatch.setattr(answers, "true_records", altered)
   source, count = "world:signs:test", 8
   flags = ["--source", source, "--count", str(count), "--batch", "5"]
   assert cli.main(["eval", "answers", *flags, "--out", str(tmp_path)]) == 0
@@ -357,6 +381,8 @@ def test_answers_are_exact_where_chat_gives_the_truth(tmp_path, capsys):
       for record in asked.true_records(source, range(count))
     ]
     assert figures["exact"][name]["all"][0] == pytest.approx(np.mean(said))
+    assert 0.2 < np.mean(said) <= 0.5
+  assert 0.2 < figures["exact"][answers.CAPTION]["all"][0] <= 0.5
   assert "What colour is it?: " in capsys.readouterr().out
 
 
@@ -366,6 +392,8 @@ def test_answers_are_exact_where_chat_gives_the_truth(tmp_path, capsys):
     (["--source", "prompts.jsonl"], "expected world:LEVEL:SPLIT"),
     (["--count", "0"], "expected 1 to"),
     (["--batch", "0"], "--batch is 0, expected 1 or more"),
+    (["--source", "world:signs-zh:test"], "does not ask What does it say?"),
+    (["--count", "1", "--out", __file__], "the folder can't be made"),
   ],
 )
 def test_answers_say_what_is_wrong(flags, words, capsys):

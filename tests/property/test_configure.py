@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -174,7 +175,13 @@ def test_one_mesh_axis_takes_what_is_left():
       fill(sizes, 8)
 
 
-@pytest.mark.parametrize("how", ["localhost", "a:1,2", "a:1,2,x", "a,2,0"])
+_ADDRESSES = [
+  *("localhost", "a:1,2", "a:1,2,x", "a,2,0"),
+  *("a:1,2,5", "a:1,0,0", "a:1,\u00b2,0", "a:1,2,0,"),
+]
+
+
+@pytest.mark.parametrize("how", _ADDRESSES)
 def test_bad_addresses_of_processes_are_refused(how):
   with pytest.raises(InputError, match="expected auto or HOST:PORT"):
     connect(how)
@@ -209,6 +216,25 @@ def test_start_that_a_kill_left_half_made_is_made_again(tmp_path, monkeypatch):
   started = build._with_start(cfg, arch, config, tmp_path)
   assert started.init.flux == str(tmp_path / "flux1")
   assert (tmp_path / "flux1").is_dir()
+
+
+def test_processes_that_nothing_tells_of_are_one_line(monkeypatch):
+  def fails(*args):
+    raise ValueError("coordinator_address should be\ndefined.")
+
+  monkeypatch.setattr(jax.distributed, "initialize", fails)
+  with pytest.raises(InputError, match="coordinator_address should be def"):
+    connect("auto")
+
+
+def test_prompt_of_half_a_character_is_named_with_its_line(tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  good = '{"prompt": "a", "targets": ["A"]}'
+  for bad in (good.replace('"a"', '"\\ud800"'), good.replace("A", "\\udc00")):
+    path.write_text(f"{good}\n{bad}\n")
+    with pytest.raises(InputError, match=r"line 2: .* is no Unicode") as error:
+      open_prompts(str(path))
+    str(error.value).encode()
 
 
 def test_prompts_that_are_no_text_are_one_line(tmp_path):

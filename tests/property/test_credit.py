@@ -1,13 +1,16 @@
 """Whose codes have earned a reward: lines told apart, from OCR to advantages."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 
 from xomni_jax.data.world import open_world
 from xomni_jax.reward_config import RewardConfig
-from xomni_jax.rewards import combine, ocr, text_lines, wire
+from xomni_jax.rewards import combine, ocr, ocr_engines, text_lines, wire
 from xomni_jax.stage_options import GRPOOptions
 from xomni_jax.training import credit, policy, rewarding
+from xomni_jax.training.stages import grpo
 
 NAN = np.nan
 
@@ -51,6 +54,14 @@ def test_each_target_has_the_score_of_the_line_it_was_read_as(read, expected):
     assert [line[1] for line in found] == [0.1, 0.2, 0.4]
 
 
+def test_lines_are_paired_as_they_are_scored():
+  """Letters that stand apart are no other line for that."""
+  targets, read = ["a b c d", "ox"], ["o x y z"]
+  found = text_lines.line_scores(targets, read, _spans(1), spaces=False)
+  assert found[0] == [0.0, None, None]
+  assert found[1][1:] == [0.0, 0.1]
+
+
 def test_target_without_letters_has_no_score():
   found = text_lines.line_scores(["", "open"], ["open"], _spans(1))
   assert found == [[None, None, None], [1.0, 0.0, 0.1]]
@@ -84,16 +95,83 @@ def test_lines_that_a_server_tells_of_are_numbers_or_nothing():
     [[0.5, 0.1]],
     "no lines",
     [[{}, 1, 2]],
+    [[10**400, 0, 1]],
     None,
   ]
   scores = {
     i: wire.Score(str(i), True, 0.5, {"lines": lines})
     for i, lines in enumerate(told)
   }
-  lines = rewarding._column(rewarding._table(scores, 5, 2)).lines
-  assert lines.shape == (5, 2, 3)
+  lines = rewarding._column(rewarding._table(scores, 6, 2)).lines
+  assert lines.shape == (6, 2, 3)
   np.testing.assert_allclose(lines[0], [[0.5, 0.1, 0.2], [0, np.nan, np.nan]])
   assert np.isnan(lines[1:]).all()
+
+
+@pytest.mark.parametrize(("how", "join"), [("mean", np.mean), ("min", min)])
+def test_engines_tell_of_lines_together(how, join):
+  """One that tells of none has read every line as well as the whole."""
+  told = {
+    "a": [[0.5, 0.1, 0.2], [0.0, None, None], [None, None, None]],
+    "b": [[1.0, 0.3, 0.4], [0.8, 0.5, 0.6], [None, None, None]],
+    "c": None,
+  }
+  scorers = {
+    name: lambda items, lines=lines: [
+      wire.Score(item.id, True, 0.6, {"lines": lines} if lines else {})
+      for item in items
+    ]
+    for name, lines in told.items()
+  }
+  score = ocr.combine_engines(scorers, how)
+  (found,) = score([wire.Item("x", np.zeros((8, 8, 3), np.uint8), "")])
+  assert wire.checked(found) == found  # JSON, as it goes to the ledger
+  assert found.raw["lines"] == [
+    [pytest.approx(join([0.5, 1.0, 0.6])), *np.float32([0.1, 0.2])],
+    [pytest.approx(join([0.0, 0.8, 0.6])), *np.float32([0.5, 0.6])],
+    [pytest.approx(0.6), None, None],
+  ]
+  (alone,) = ocr.combine_engines({"c": scorers["c"]}, how)(
+    [wire.Item("x", np.zeros((8, 8, 3), np.uint8), "")]
+  )
+  assert "lines" not in alone.raw
+
+
+def test_image_that_nothing_was_read_in_has_lines_that_nobody_read():
+  """They count as not found, in the metric too."""
+  readings = {
+    "full": ocr_engines.Reading("OPEN\n24", 1.0, ((0.0, 0.2), (0.5, 0.7))),
+    "blank": ocr_engines.Reading(""),
+  }
+  engine = ocr_engines.Engine(
+    lambda items: [readings[item.id] for item in items], "e"
+  )
+  image = np.zeros((8, 8, 3), np.uint8)
+  items = [wire.Item(name, image, "", ("OPEN", "24")) for name in readings]
+  full, blank = ocr.make_scorer(engine)(items)
+  assert full.raw["lines"] == [[1.0, 0.0, 0.2], [1.0, 0.5, 0.7]]
+  assert blank.raw["lines"] == [[0.0, None, None]] * 2
+
+
+def test_run_gives_codes_their_lines_advantage():
+  """A grid that is not square, so that rows are not taken for columns."""
+  rewards = (OCR,)
+  opts = _options(1, rewards)
+  values = np.array([0.2, 0.4, 0.6, 0.8])
+  lines = np.full((4, 1, 3), [0.0, 0.0, 0.5])
+  lines[:, 0, 0] = values[::-1]
+  columns = {"ocr": _column(values, lines)}
+  heard = mock.Mock(columns=columns)
+  heard.combined = combine.combine(columns, rewards, 4, 0.5)
+  run = mock.Mock(_cfg=mock.Mock(options=opts))
+  # Longer rows, as for another size.
+  rows = {"codes": np.zeros((4, 10), int), "mask": np.ones((4, 10))}
+  made, _ = grpo._Run._with_advantages(run, rows, heard, (2, 4))
+  upper, lower = made["advantage"][:, :4], made["advantage"][:, 4:8]
+  whole = policy.group_advantages(values, 4, normalise=True)
+  np.testing.assert_allclose(upper, np.repeat(whole[::-1, None], 4, 1))
+  np.testing.assert_allclose(lower, np.repeat(whole[:, None], 4, 1))
+  assert not made["advantage"][:, 8:].any()
 
 
 def test_row_belongs_to_the_line_with_most_of_it():
@@ -109,6 +187,8 @@ def test_codes_of_a_line_learn_from_their_line():
   """Against a loop over lines; the second reward tells nothing of them."""
   rng = np.random.default_rng(0)
   rewards = (
+    # It tells of lines as well, but nothing is learned from it.
+    RewardConfig("shadow", "http://x:2", weight=0.0),
     RewardConfig("look", "http://x:1"),
     RewardConfig("ocr", "local:ocr", weight=2.0),
   )
@@ -124,6 +204,7 @@ def test_codes_of_a_line_learn_from_their_line():
   ocr_values, look = rng.random(8), rng.random(8)
   ocr_values[5] = NAN  # failed
   columns = {"look": _column(look), "ocr": _column(ocr_values, lines)}
+  columns["shadow"] = _column(look, 1 - lines)
   whole = combine.combine(columns, rewards, 4, 0.5).rewards
   found, metrics = credit.advantages(whole, columns, opts, (4, 3))
   assert found.shape == (8, 12)

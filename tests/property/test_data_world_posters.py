@@ -359,6 +359,19 @@ def test_rollouts_have_prompts_of_one_size():
   assert levels == {"signs", "posters"}
 
 
+def test_prompts_that_are_never_drawn_are_counted(tmp_path, capsys):
+  path = tmp_path / "prompts.jsonl"
+  lines = ['{"prompt": "a", "size": [96, 96]}', '{"prompt": "b"}'] * 8
+  path.write_text("\n".join([*lines, '{"prompt": "c", "size": [64, 96]}']))
+  sources = (SourceConfig(str(path), "prompt"),)
+  Prompts(DataConfig(sources, window=64), 0, 8, ((96, 96),))
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "1 of 17 are of sizes such as (64, 96)" in line
+  sources = (SourceConfig("world:posters", "prompt"),)
+  Prompts(DataConfig(sources, window=64), 0, 8, ((96, 96), (208, 128)))
+  assert not capsys.readouterr().err
+
+
 def test_rapidocr_reads_posters():
   pytest.importorskip("rapidocr")
   from xomni_jax.rewards import ocr

@@ -115,6 +115,24 @@ def test_figures_of_best_of_n_are_those_of_the_rates(figures):
   assert reward == pytest.approx(rate + (1 - rate) * one.score, abs=1e-5)
 
 
+def test_best_is_chosen_by_the_reward_even_where_none_is_exact(figures):
+  """Of images that are all wrong the one that is least so."""
+  identity = _identity()
+  found = _best_of_n_rows(identity, RATES)
+  for (setting, prompt, sample), readings in found.items():
+    if setting == "sft T=1":
+      text = "WQRD" if sample == 1 else "ZZZZ"
+      found[Key(setting, prompt, sample)] = {
+        engine: {"text": text, "score": 0.0} for engine in readings
+      }
+  scores = best_of_n.summary(identity, found, _asked())["scores"]
+  for engine in ENGINES:
+    lines = scores[engine]["characters"]
+    means = [lines[best_of_n.best_name(n)]["all"].mean for n in NUMBERS]
+    assert means == pytest.approx([0.75 / 4, 0.75 / 2, 0.75])
+    assert scores[engine]["exact"]["sft best of 4"]["all"].mean == 0
+
+
 def test_settings_without_a_control_or_images_are_fewer():
   names = lambda **more: [s.name for s in best_of_n.settings(_identity(**more))]
   assert set(names()) == set(RATES)
@@ -190,6 +208,11 @@ def test_report_leaves_no_seed_out(tmp_path, figures):
     command.main(["report", *folders("a/seed0", "b/seed0"), *out])
   with pytest.raises(InputError, match="seed1 has no figures"):
     command.main(["report", *folders("a/seed0", "seed1"), *out])
+  for text in ("{}", "[1]", "nope"):
+    (tmp_path / "seed1" / "best-of-n.json").write_text(text)
+    with pytest.raises(InputError, match="can't be read") as error:
+      command.main(["report", *folders("a/seed0", "seed1"), *out])
+    assert "\n" not in str(error.value)
 
 
 # -- guidance
@@ -252,6 +275,24 @@ def test_best_setting_is_chosen_on_validation_and_its_gain_is_on_test(guidance):
   assert len(made["validation"]["rl"]["tesseract"]["reward"]) == 15
 
 
+def test_choice_is_by_exact_images_not_by_characters(guidance):
+  """Nearly right everywhere is not as good as right here and there."""
+  identity, best, found, made = guidance
+  near = {name: {"text": "WQRD", "score": 0.75} for name in ENGINES}
+  far = {name: {"text": "ZZZZ", "score": 0.0} for name in ENGINES}
+  changed = {}
+  for key, read in found.items():
+    wrong = {e for e, r in read.items() if r["text"] != "WORD"}
+    other = far if key.setting.endswith(best) else near
+    changed[key] = read | {e: other[e] for e in wrong}
+    if key.setting.startswith("validation sft") and other is near:
+      changed[key] = near
+  scores = cfg.summary(identity, changed, _asked(), _asked())
+  by = scores["validation"]["sft"]["rapidocr"]["characters"]
+  assert by[best]["all"].mean > by["CFG 3, greedy"]["all"].mean
+  assert scores["chosen"]["sft"] == made["chosen"]["sft"]
+
+
 def test_choice_ignores_test_prompts(guidance):
   """Test rows that are all wrong change no choice, only the gain."""
   identity, _, found, made = guidance
@@ -300,5 +341,9 @@ def test_figures_are_made_anew_from_rows_alone(tmp_path, guidance):
   text = (tmp_path / "out" / "report.md").read_text()
   assert f"| sft | seed0 | {best} | " in text
   assert (tmp_path / "out" / "cfg.png").stat().st_size > 5000
+  (tmp_path / "out" / "cfg.rows.jsonl").touch()
+  with pytest.raises(InputError, match="has no rows yet"):
+    command.main(["score", str(tmp_path / "out")])
+  (tmp_path / "out" / "cfg.rows.jsonl").unlink()
   with pytest.raises(InputError, match="no rows"):
     command.main(["score", str(tmp_path / "out")])

@@ -4,7 +4,9 @@ Drawing and reading are stand-ins here: an image is its key's numbers.
 """
 
 import contextlib
+import errno
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -160,6 +162,20 @@ def test_engine_that_fails_too_often_stops_the_measurement(tmp_path):
   assert sum("error" in line for line in lines) <= 2
 
 
+def test_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+  file = Rows(tmp_path / "rows.jsonl", IDENTITY)
+  row = (Key("sft T=1", 0, 0), {"rapidocr": {"text": "A", "score": 1.0}})
+  with monkeypatch.context() as patch:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    patch.setattr(file._journal, "add", mock.Mock(side_effect=full))
+    with pytest.raises(RunError, match="No space left on device") as error:
+      file.add([row])
+  assert "\n" not in str(error.value)
+  file.add([row])
+  file.close()
+  assert rows.read_rows(tmp_path / "rows.jsonl")[1] == dict([row])
+
+
 def test_rows_of_another_measurement_are_refused(tmp_path):
   path = tmp_path / "rows.jsonl"
   Rows(path, IDENTITY).close()
@@ -244,8 +260,12 @@ def test_prompts_of_a_file_need_targets_and_sizes(tmp_path):
   assert (one.targets, one.size, one.kind) == (("A", "B"), (208, 128), "")
   with pytest.raises(InputError, match="count is 2"):
     asked.open_asked(str(path), 2)
-  for name in ("targets", "size"):
-    path.write_text(json.dumps({k: v for k, v in line.items() if k != name}))
-    with pytest.raises(InputError, match="lack targets or a size") as error:
+  wrong = [{k: v for k, v in line.items() if k != n} for n in line]
+  wrong = [w for w in wrong if "prompt" in w] + [line | {"targets": ["!?"]}]
+  for one in wrong:
+    path.write_text(json.dumps(one))
+    with pytest.raises(
+      InputError, match="lack a size in px, or targets"
+    ) as error:
       asked.open_asked(str(path), 1)
     assert "\n" not in str(error.value)

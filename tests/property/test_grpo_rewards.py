@@ -5,18 +5,21 @@ Both paths, host and fused, ask for the same and give the same numbers.
 
 import concurrent.futures
 import dataclasses
+import io
 import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import grpo_small
 from tests.grpo_small import WANTED, settings, share_of, train
 from xomni_jax.data.prompts import Prompt
-from xomni_jax.errors import RunError
+from xomni_jax.errors import InputError, RunError
 from xomni_jax.reward_config import RewardConfig
 from xomni_jax.rewards import wire
 from xomni_jax.training import configure, rewarding, rollout
+from xomni_jax.training.stages import grpo_pictures
 
 codes_as_images = grpo_small.codes_as_images  # a fixture
 
@@ -37,6 +40,7 @@ def test_failed_scores_are_masked_and_never_zero(
   found = train(config, tmp_path, monkeypatch, scorer)
   for metrics in found:
     assert metrics["reward/ocr_failed"] == metrics["reward/masked"] == 0.25
+    assert metrics["grpo/tokens"] == 0.75 * 32 * 6  # 6 codes an image
   for name in ("samples", "curves"):
     assert (tmp_path / "pictures" / f"{name}-0000002.png").exists()
 
@@ -166,6 +170,38 @@ def test_what_a_server_says_besides_its_score_breaks_nothing(
   assert heard.combined.metrics["reward/ocr_apart"] == 0.25
   # JSON has no infinity: that reply was none.
   assert np.isfinite(heard.combined.rewards).sum() == 7
+
+
+def test_steps_that_were_watched_are_read_or_refused(tmp_path):
+  first = rewarder(tmp_path)
+  first.close()
+  for line in ("5", "{}", '{"step": 0}', '{"step": 0, "failures": [1]}'):
+    first._watched.write_text(line + "\n")
+    with pytest.raises(InputError, match="line 1 is not about a step") as e:
+      rewarder(tmp_path)._history_before(3)
+    assert "\n" not in str(e.value)
+
+
+def test_caption_of_any_text_goes_into_a_file():
+  """JSON can spell halves of characters, which one host must not fail on."""
+  image = np.zeros((8, 8, 3), np.uint8)
+  score = wire.Score("0", True, 0.5, {"text": "\ud800A"})
+  (picture,) = grpo_pictures.pictures(
+    {0: image}, {"ocr": {0: score}}, [Prompt("p", "a sign")], 1
+  )
+  file = Image.open(io.BytesIO(grpo_pictures._png(picture)))
+  assert file.text["caption"].endswith("ocr: 0.50 ?A")
+
+
+def test_rollout_without_any_score_changes_nothing(
+  tmp_path, monkeypatch, codes_as_images
+):
+  """Its groups are dropped, and all its tokens with them."""
+  fails = lambda items: [wire.failed(i.id, "http", "no") for i in items]
+  config = settings(phases__1_all__steps=1)
+  config.options.combine = {"max_failure_rate": 1.0}
+  (metrics,) = train(config, tmp_path, monkeypatch, fails)
+  assert metrics["grpo/tokens"] == metrics["grpo/grad_norm"] == 0
 
 
 def test_failures_before_a_kill_count_after_it(tmp_path, monkeypatch):

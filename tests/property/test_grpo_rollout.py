@@ -141,6 +141,26 @@ def test_rollout_has_to_be_whole_groups(tmp_path):
 
 
 @pytest.mark.parametrize(
+  ("train", "said"),
+  [
+    (".", "trains ref/"),
+    ("(ar|ref)/mm_head", "trains ref/mm_head"),
+    ("ar/", None),
+  ],
+)
+def test_reference_policy_is_never_trained(tmp_path, train, said):
+  config = settings()
+  config.phases["1_all"].train = (train,)
+  cfg, arch = configure.parse(config, "test")
+  if said is None:
+    build.stage(cfg, arch, config, tmp_path).close()
+    return
+  with pytest.raises(InputError, match=said) as error:
+    build.stage(cfg, arch, config, tmp_path)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
   ("options", "said"),
   [
     (
@@ -157,6 +177,7 @@ def test_rollout_has_to_be_whole_groups(tmp_path):
       },
       "paint_rows is 4, expected a multiple of the 8 devices",
     ),
+    ({"rollout_mesh": "(('model', 2),)"}, "axes model, expected some of "),
     ({"reward_path": "fused", "paint_rows": 24, "score_rows": 8}, None),
     ({"paint_rows": 12}, None),
   ],

@@ -11,7 +11,7 @@ import pytest
 
 import xomni_jax
 from tests.helpers import GOLDEN, max_difference
-from xomni_jax.inference import sampling
+from xomni_jax.inference import pipeline, sampling
 
 # The same sums in another order (padding, cache length); values reach 5.
 TOLERANCE = 2e-5
@@ -103,6 +103,29 @@ def test_batch_size_changes_nothing(spied, pair):
   assert len(prompts) == 2
   np.testing.assert_array_equal(split.codes, pair[0].codes)
   assert max_difference(split.logprobs, pair[0].logprobs) < TOLERANCE
+
+
+def test_images_of_one_prompt_are_split_too(spied):
+  whole, _, _ = spied([CAT, SQUARE], SIZE, seed=11, num_images=3, **HOW)
+  split, prompts, _ = spied(
+    [CAT, SQUARE], SIZE, seed=11, num_images=3, batch_size=2, **HOW
+  )
+  assert len(prompts) == 4
+  np.testing.assert_array_equal(split.codes, whole.codes)
+
+
+@pytest.mark.parametrize(
+  ("prompts", "each", "most", "parts"),
+  [
+    (3, 2, 100, [(0, 6)]),
+    (3, 2, 4, [(0, 4), (4, 6)]),
+    (3, 2, 5, [(0, 4), (4, 6)]),
+    (2, 3, 2, [(0, 2), (2, 3), (3, 5), (5, 6)]),
+    (1, 1, 1, [(0, 1)]),
+  ],
+)
+def test_parts_are_of_whole_prompts_or_of_one(prompts, each, most, parts):
+  assert list(pipeline._parts(prompts, each, most)) == parts
 
 
 def test_generate_paints_each_image_with_its_prompt(tiny, pair):

@@ -20,7 +20,8 @@ V = ARCH.ar.image_vocab_size
 
 
 def options(**changes):
-  return GRPOOptions(((32, 32),), (RewardConfig("x", "local:ocr"),), **changes)
+  given = {"sizes": ((32, 32),), "rewards": (RewardConfig("x", "local:ocr"),)}
+  return GRPOOptions(**given | changes)
 
 
 def some_scores(seed, spread=0.3):
@@ -348,6 +349,14 @@ def test_gradients_of_filtered_scores_are_finite_in_chunks():
     ({"overlap": 2}, "overlap is 2"),
     ({"clip_low": 1.5}, "clip_low 1.5"),
     ({"aggregate": "mean"}, "aggregate is 'mean'"),
+    ({"sizes": ((0, 48),)}, "sizes is "),
+    ({"sizes": ((32,),)}, "sizes is "),
+    ({"sizes": ()}, "sizes is "),
+    ({"rollout_mesh": (("data", 0),)}, "rollout_mesh: data is 0"),
+    ({"top_k": -1}, "top_k is -1"),
+    ({"top_p": 1.5}, "top_p is 1.5"),
+    ({"min_p": 1.0}, "min_p is 1.0"),
+    ({"paint_cfg_scale": -1.0}, "paint_cfg_scale is -1.0"),
   ],
 )
 def test_bad_options_are_refused_on_one_line(changes, says):

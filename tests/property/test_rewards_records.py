@@ -129,6 +129,18 @@ def test_ledger_that_is_broken_inside_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_score_that_a_disk_has_spoilt_is_asked_for_again(tmp_path):
+  items, keys = _items(2), _keys(1, 2)
+  score_once(Ledger(tmp_path), "ocr", _Scorer(), keys, items)
+  path = tmp_path / "scores-0.jsonl"
+  first, second = path.read_text().splitlines()
+  path.write_text(first.replace('"ok": true', '"ok": 7') + f"\n{second}\n")
+  again = _Scorer()
+  scores, found = score_once(Ledger(tmp_path), "ocr", again, keys, items)
+  assert (found, again.asked) == (1, ["i0"])
+  assert all(s.ok for s in scores)
+
+
 def test_ledger_has_what_was_said_before_a_kill(tmp_path):
   items, keys = _items(6), _keys(1, 6)
 
@@ -299,11 +311,14 @@ def test_wire_makes_a_failure_of_a_score_that_is_none():
     Score("a", True, float("nan")),
     Score("b", True, 0.5, {"x": float("inf")}),
     Score("c", False, 0.5, None, "engine"),
-    Score("d", True, np.float32(0.5)),
+    Score("d", True, 1e39),  # none of float32, which rewards are gathered as
+    Score("e", True, 10**400),
+    Score("f", True, "0.5"),
+    Score("g", True, np.float32(0.5)),
   ]
-  back = wire.scores_from_json(wire.scores_to_json(bad, 1.0), list("abcd"))
-  assert [s.error_kind for s in back] == ["engine"] * 3 + [None]
-  assert back[3].score == 0.5
+  back = wire.scores_from_json(wire.scores_to_json(bad, 1.0), list("abcdefg"))
+  assert [s.error_kind for s in back] == ["engine"] * 6 + [None]
+  assert back[6].score == 0.5
 
 
 def test_image_hash_sees_every_pixel_and_the_shape():

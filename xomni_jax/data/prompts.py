@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +46,8 @@ def open_prompts(path: str) -> Sequence[Prompt]:
     InputError: no such file, or lines that are no prompts; the first ten.
   """
   if path.startswith(_WORLD):
-    return _WorldPrompts(*path.removeprefix(_WORLD).split(":"))
+    level, _, split = path.removeprefix(_WORLD).partition(":")
+    return _WorldPrompts(level, split or "train")
   file = pathlib.Path(path)
   if not file.is_file():
     raise InputError(
@@ -82,6 +84,10 @@ def _prompt(raw: Any, where: str) -> Prompt:
     raise InputError(
       "expected texts that are not empty: prompt, lang, and a list of targets"
     )
+  for part in texts:
+    # JSON can spell halves of characters.
+    if not _is_unicode(part):
+      raise InputError(f"{part!r} is no Unicode text, mend its \\u escapes")
   if size is not None and not (
     isinstance(size, list)
     and len(size) == 2
@@ -92,10 +98,18 @@ def _prompt(raw: Any, where: str) -> Prompt:
   return Prompt(key, text, tuple(targets), lang, size and tuple(size))
 
 
+def _is_unicode(text: str) -> bool:
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
 class _WorldPrompts:
   """Of the drawn world; one of its own wordings asks for each image."""
 
-  def __init__(self, level: str, split: str = "train"):
+  def __init__(self, level: str, split: str):
     self._world = world.open_world(level, split)
     # Signs are also drawn at other sizes, by models too small for their own.
     self._sized = level == "posters"
@@ -130,7 +144,8 @@ class Prompts:
       seed: of the order.
       count: prompts of a rollout, all of one size.
       sizes: (height, width) in px that there are; the first is of prompts
-        that name none. A prompt of another size is passed over.
+        that name none. A prompt of another size is passed over; a line on
+        standard error says how many are.
     Raises:
       InputError: sources that can't be opened, or have another task.
     """
@@ -142,6 +157,8 @@ class Prompts:
     self._sources = [open_prompts(source.path) for source in data.sources]
     self._sizes, self._count, self._window = sizes, count, data.window
     firsts, counts = zip(*map(_range, data.sources, self._sources), strict=True)
+    for source, prompts in zip(data.sources, self._sources, strict=True):
+      self._warn(source.path, prompts)
     self._mixture = plan.Mixture(
       firsts,
       counts,
@@ -154,6 +171,20 @@ class Prompts:
       f"raise data.window ({data.window}), or lower the number of sizes or of "
       f"prompts in a rollout ({count})",
     )
+
+  def _warn(self, path, prompts):
+    # Those of a level of the drawn world are of one size.
+    every = isinstance(prompts, list)
+    some = prompts if every else [prompts[0]]
+    other = [p for p in some if (p.size or self._sizes[0]) not in self._sizes]
+    if other:
+      count = f"{len(other)} of {len(some)}" if every else "all"
+      print(
+        f"warning: prompts {path}: {count} are of sizes such as "
+        f"{other[0].size}, which are not drawn here ({self._sizes})",
+        file=sys.stderr,
+        flush=True,
+      )
 
   def __getitem__(self, rollout: int) -> list[Prompt]:
     """`count` prompts of one size, each with its size."""

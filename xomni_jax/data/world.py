@@ -14,6 +14,8 @@ have something to mend.
 import dataclasses
 from typing import Any
 
+from PIL import Image
+
 from xomni_jax.data import world_posters, world_signs, world_signs_zh
 from xomni_jax.data.world_paint import COLOURS, SHAPES
 from xomni_jax.data.world_posters import Poster
@@ -113,6 +115,10 @@ class World:
     In split "train" the image may be misspelt.
     """
     return self._draw(i)[0]
+
+  def picture(self, i: int) -> Image.Image:
+    """The image of `sign(i)`, never misspelt."""
+    return _LEVELS[self.level].paint(self.sign(i))
 
   def prompt(self, i: int) -> str:
     """The prompt of record i, without its image."""

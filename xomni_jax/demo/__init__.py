@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 import xomni_jax
+from xomni_jax.checks import make_folder
 from xomni_jax.data import prompts as prompts_lib
 from xomni_jax.data import world
 from xomni_jax.data.images import codes_picture
@@ -87,8 +88,9 @@ def main(argv: list[str]) -> int:
     raise InputError(
       f"{_CONFIG}: no such file; run the demo from a clone of the repository"
     )
-  out = pathlib.Path(args.out)
-  out.mkdir(parents=True, exist_ok=True)
+  if args.steps < 1:
+    raise InputError(f"--steps is {args.steps}, expected 1 or more")
+  out = make_folder(args.out)
   clock = _Clock()
   score = ocr.make_scorer(ocr.open_engine("rapidocr", 2), spaces=False)
   asked = {}

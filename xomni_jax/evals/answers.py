@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from xomni_jax.data import images, sequences
+from xomni_jax.errors import InputError
 from xomni_jax.evals import stats
 from xomni_jax.evals.asked import true_records
 from xomni_jax.inference.pipeline import Model
@@ -21,6 +22,17 @@ NAME = "answers"
 CAPTION = "caption"
 QUESTIONS = ("What does it say?", "What colour is it?")
 _ROW = 32  # rows are padded to multiples, for the number of programs' sake
+
+
+def check_asks(source: str) -> None:
+  """InputError unless the records of a source have these questions."""
+  (record,) = true_records(source, [0])
+  there = {question for question, _ in record["qa"]}
+  if missing := [q for q in QUESTIONS if q not in there]:
+    raise InputError(
+      f"{source} does not ask {' or '.join(missing)}; expected a level that "
+      "does, such as world:signs:test"
+    )
 
 
 def measure(

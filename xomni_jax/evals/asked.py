@@ -13,6 +13,7 @@ from xomni_jax.data.prompts import open_prompts
 from xomni_jax.errors import InputError
 from xomni_jax.inference import shipped
 from xomni_jax.inference.fingerprint import fingerprint
+from xomni_jax.rewards import text_scores
 
 _WORLD = "world:"
 
@@ -49,18 +50,20 @@ def open_asked(source: str, count: int) -> list[Asked]:
       f"count is {count}, expected 1 to the {len(prompts)} prompts of {source}"
     )
   found, problems = [], []
+  # What scores compare is without punctuation.
+  scored = lambda p: text_scores.text_reward("", p.targets, p.lang, False)
   for i in range(count):
     prompt, kind, size = prompts[i], "", prompts[i].size
     if drawn:
       kind, size = world.kind(drawn.sign(i)), drawn.size(i)[::-1]
-    if not prompt.targets or size is None:
+    if size is None or not scored(prompt):
       problems.append(prompt.key)
       continue
     found.append(Asked(prompt.text, prompt.targets, prompt.lang, size, kind))
   if problems:
     raise InputError(
-      f"{source}: {len(problems)} prompts lack targets or a size in px "
-      f"({', '.join(problems[:5])}); add both to each line"
+      f"{source}: {len(problems)} prompts lack a size in px, or targets with "
+      f"letters or digits ({', '.join(problems[:5])}); add both to each line"
     )
   return found
 
@@ -72,8 +75,9 @@ def true_records(source: str, indices: Sequence[int]) -> list[Record]:
 
 
 def true_images(source: str, indices: Sequence[int]) -> list[Image.Image]:
-  """What prompts of the drawn world ask for, as it is drawn."""
-  return [record["image"] for record in true_records(source, indices)]
+  """What prompts of the drawn world ask for, spelt as they ask for it."""
+  drawn = _world(source)
+  return [drawn.picture(i) for i in indices]
 
 
 def has_images(source: str) -> bool:

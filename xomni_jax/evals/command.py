@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from xomni_jax.checks import make_folder
 from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.evals import (
   answers,
@@ -157,6 +158,13 @@ def _cfg(args):
     validation = args.validation or _validation_of(args.source)
     first = bench.ask(cfg.VALIDATION, validation, args.validation_count)
     second = bench.ask(cfg.TEST, args.source, args.count)
+    both = {a.text for a in first} & {a.text for a in second}
+    if both:
+      raise InputError(
+        f"{len(both)} prompts of --validation {validation} are prompts of "
+        f"--source {args.source} too; expected others: a setting that is "
+        "measured where it was chosen looks better than it is"
+      )
     bench.open({"validation": validation})
     identity, found = bench.identity, bench.rows.found
     bench.measure(cfg.validation_settings(identity), first)
@@ -183,6 +191,8 @@ def _answers(args):
       "have questions and answers"
     )
   some = asked.open_asked(args.source, args.count)
+  answers.check_asks(args.source)
+  out = make_folder(args.out) if args.out else None
   model = loading.load(args.model)
   with measure.progress(args.count) as bar:
     found = answers.measure(model, args.source, args.count, args.batch, bar)
@@ -196,9 +206,8 @@ def _answers(args):
   for name, of in figures["exact"].items():
     mean, low, high, _ = of["all"]
     print(f"{name}: {mean:.3f} exact ({low:.3f} to {high:.3f})")
-  if args.out:
-    path = pathlib.Path(args.out) / f"{answers.NAME}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+  if out:
+    path = out / f"{answers.NAME}.json"
     _write_json(path, figures)
     print(path)
 
@@ -341,6 +350,11 @@ def _score(args):
     if not path.exists():
       continue
     identity, found = rows.read_rows(path)
+    if not identity:
+      raise InputError(
+        f"{path} has no rows yet; let the command that makes them run to its "
+        "end"
+      )
     prompts = {
       split: rows.read_prompts(_prompts_path(out, name, split))
       for split in identity["prompts"]
@@ -417,7 +431,10 @@ def _write_json(path, figures):
 
 def _read_json(path):
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    if not (isinstance(figures, dict) and "identity" in figures):
+      raise ValueError("they have no identity")
+    return figures
   except (OSError, ValueError) as e:
     raise InputError(
       f"{path} can't be read ({' '.join(str(e).split())[:120]}), expected the "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xomni_jax.errors import InputError
+from xomni_jax.errors import InputError, RunError
 from xomni_jax.evals import asked as asked_lib
 from xomni_jax.evals.asked import Asked
 from xomni_jax.evals.reading import Readings
@@ -67,9 +67,19 @@ class Rows:
       )
 
   def add(self, rows: Iterable[tuple[Key, Readings]]) -> None:
-    """Keeps rows, all that are not there yet."""
+    """Keeps rows, all that are not there yet.
+
+    Raises:
+      RunError: the file can't be written any more.
+    """
     rows = [(key, read) for key, read in rows if key not in self.found]
-    self._journal.add(key._asdict() | {"ocr": read} for key, read in rows)
+    try:
+      self._journal.add(key._asdict() | {"ocr": read} for key, read in rows)
+    except OSError as e:
+      raise RunError(
+        f"{self._journal.path} can't be written ({e.strerror}); make room "
+        "there and start again: it goes on where it was"
+      ) from None
     self.found |= rows
 
   def close(self) -> None:

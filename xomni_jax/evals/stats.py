@@ -4,8 +4,8 @@ All intervals are 95 % intervals of the percentile bootstrap over prompts: the
 prompts are drawn anew, with replacement, as many as there are, `RESAMPLES`
 times from a fixed seed; the interval goes from the 2.5th to the 97.5th
 percentile of the means. Several images of a prompt are averaged first: prompts
-are independent, images of one are not. Differences are paired: of each prompt
-one difference, under the same random keys, and then as above.
+are taken as independent, which images of one are not. Differences are paired:
+of each prompt one difference, under the same random keys, and then as above.
 """
 
 import math

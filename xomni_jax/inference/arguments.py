@@ -1,5 +1,6 @@
 """Checks of what callers pass to the public API; each raises InputError."""
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,12 @@ from xomni_jax.errors import InputError
 
 def grid_of(size: Sequence[int], px: int) -> tuple[int, int]:
   """(h, w) in codes of (height, width) in px, `px` a code."""
+  try:
+    size = [operator.index(s) for s in size]
+  except TypeError:
+    raise InputError(
+      f"size is {size!r}, expected (height, width) in px, two whole numbers"
+    ) from None
   if len(size) != 2 or any(s < px or s % px for s in size):
     tries = " x ".join(str(max(px, round(s / px) * px)) for s in size)
     raise InputError(
@@ -22,6 +29,8 @@ def grid_of(size: Sequence[int], px: int) -> tuple[int, int]:
 def prompts_list(prompts: str | Sequence[str]) -> list[str]:
   """One or more texts, none of them blank."""
   prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+  for prompt in prompts:
+    text(prompt=prompt)
   empty = [i + 1 for i, p in enumerate(prompts) if not p.strip()]
   if empty or not prompts:
     raise InputError(
@@ -29,6 +38,13 @@ def prompts_list(prompts: str | Sequence[str]) -> list[str]:
       "say what to draw"
     )
   return prompts
+
+
+def text(**values: str) -> None:
+  """Texts, be they empty."""
+  for name, value in values.items():
+    if not isinstance(value, str):
+      raise InputError(f"{name} is {value!r}, expected a text")
 
 
 def at_least_one(**values: int | None) -> None:

@@ -11,6 +11,9 @@ from PIL import Image
 
 from xomni_jax.errors import InputError
 
+# Pillow knows more, of which it can't write some, or not in colour.
+_WRITABLE = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+
 
 class Prompt(NamedTuple):
   """A prompt, and the name its images get (None: numbered)."""
@@ -27,7 +30,8 @@ def read_prompts(path: str | os.PathLike) -> list[Prompt]:
   """
   path = pathlib.Path(path)
   try:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # `splitlines` also splits at characters that JSON has in its texts.
+    lines = path.read_text(encoding="utf-8").split("\n")
   except (OSError, UnicodeDecodeError) as e:
     raise InputError(f"{path}: not readable as UTF-8 text ({e})") from None
   if path.suffix != ".jsonl":
@@ -102,6 +106,12 @@ def output_paths(
     for i, p in enumerate(prompts)
     for j in range(max(num_images, 0))
   ]
+  twice = sorted({p.name for p in paths if paths.count(p) > 1})
+  if twice:
+    raise InputError(
+      f"{', '.join(twice[:5])} would be written twice: an id is also another "
+      "prompt's number; give every prompt an id, or none"
+    )
   return [checked_path(p, kind) for p in paths]
 
 
@@ -113,7 +123,7 @@ def checked_path(path: str | os.PathLike, kind: str) -> pathlib.Path:
       folder can't be made or written.
   """
   path = pathlib.Path(path)
-  known = {".json"} if kind == "json" else set(Image.registered_extensions())
+  known = {".json"} if kind == "json" else _WRITABLE
   if path.suffix.lower() not in known:
     raise InputError(
       f"{path}: suffix {path.suffix!r} is unknown for a {kind} file; expected "

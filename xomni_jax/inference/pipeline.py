@@ -247,11 +247,11 @@ class Model:
     arguments.fits_positions(longest, self.config.ar)
 
     keys = sampling.sequence_keys(seed, len(ids) * num_images)
-    each = max(1, (batch_size or len(keys)) // num_images)
+    parts = _parts(len(ids), num_images, batch_size or len(keys))
     with self._bar(None, "sampling", "token", len(keys) * h * w) as bar:
-      for first in range(0, len(ids), each):
-        batch = ids[first : first + each]
-        mine = keys[first * num_images : (first + each) * num_images]
+      for first, end in parts:
+        batch = ids[first // num_images : -(-end // num_images)]
+        mine = keys[first:end]
         start = time.monotonic()
         drawn = self.draw_codes(batch, (h, w), how, mine, bar)
         seconds = {"sampling": time.monotonic() - start}
@@ -290,6 +290,7 @@ class Model:
     Raises:
       InputError: bad arguments, or an image that `encode` refuses.
     """
+    arguments.text(question=question)
     if not question.strip():
       raise InputError("question is empty; say what to answer")
     arguments.at_least_one(max_new_tokens=max_new_tokens)
@@ -426,3 +427,15 @@ class Model:
     return tqdm(
       items, desc=what, unit=unit, total=total, disable=not self._progress
     )
+
+
+def _parts(prompts: int, each: int, most: int) -> Iterator[tuple[int, int]]:
+  """First and end of the sequences that are drawn at once, at most `most`.
+
+  They are of whole prompts, of `each` sequences, or all of one prompt.
+  """
+  step = most // each * each or most
+  span = prompts * each if most >= each else each
+  for start in range(0, prompts * each, span):
+    for first in range(start, start + span, step):
+      yield first, min(first + step, start + span)

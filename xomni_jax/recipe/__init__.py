@@ -58,6 +58,8 @@ def main(argv: list[str]) -> int:
   args = parser.parse_args(argv)
   if args.rl_steps is not None and args.rl_steps < 1:
     raise InputError(f"--rl-steps is {args.rl_steps}, expected 1 or more")
+  if not 0 <= args.seed < 2**31:
+    raise InputError(f"--seed is {args.seed}, expected 0 to 2^31 - 1")
   if not CONFIGS.is_dir():
     raise InputError(
       f"{CONFIGS}: no such folder; run the recipe from a clone of the "

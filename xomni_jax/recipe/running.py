@@ -10,6 +10,7 @@ import sys
 import time
 from typing import IO
 
+from xomni_jax.checks import make_folder
 from xomni_jax.errors import InputError, RunError
 from xomni_jax.recipe import jobs
 from xomni_jax.recipe.jobs import Job, Wanted
@@ -28,7 +29,7 @@ def claim(runs: pathlib.Path, wanted: Wanted):
   """
   ours = json.loads(json.dumps(wanted._asdict(), default=str))
   path = runs / _ASKED
-  there = json.loads(path.read_text()) if path.exists() else None
+  there = _asked(path) if path.exists() else None
   names = {job.leaves.split("/")[0] for job in jobs.in_order(Wanted())}
   if there is None and any((runs / name).exists() for name in names):
     raise InputError(
@@ -39,7 +40,7 @@ def claim(runs: pathlib.Path, wanted: Wanted):
       f"{runs} holds the recipe of {json.dumps(there)}, not of "
       f"{json.dumps(ours)}; name another --out"
     )
-  runs.mkdir(parents=True, exist_ok=True)
+  make_folder(runs)
   with (runs / _LOG).open("ab") as log:
     # Jobs inherit it: a recipe killed alone leaves its stage running.
     if not _lock(log):
@@ -48,8 +49,21 @@ def claim(runs: pathlib.Path, wanted: Wanted):
         "left running; wait for it or stop it"
       )
     if there is None:
-      path.write_text(json.dumps(ours) + "\n")
+      temporary = path.with_suffix(".tmp")
+      temporary.write_text(json.dumps(ours) + "\n")
+      temporary.replace(path)
     yield log
+
+
+def _asked(path):
+  try:
+    return json.loads(path.read_text("utf-8"))
+  except (OSError, ValueError) as e:
+    reason = " ".join(str(e).split())[:120]
+    raise InputError(
+      f"{path} can't be read ({reason}), expected what the recipe was asked "
+      "for; name another --out"
+    ) from None
 
 
 def _lock(file: IO[bytes]) -> bool:

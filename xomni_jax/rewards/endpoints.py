@@ -89,7 +89,7 @@ class Endpoints:
           self._open_until[number] = self._clock() + self._cooldown
 
   def states(self) -> list[str]:
-    """ "closed", "open" or "half-open" of each, for logs."""
+    """ "closed", "open" or "half-open" of each, for people and tests."""
     with self._lock:
       now = self._clock()
       return [

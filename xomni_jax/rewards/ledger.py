@@ -140,7 +140,9 @@ def _entries(path):
   for number, line in enumerate(read_journal(path), 1):
     match line:
       case [str(), int(), str(), int(), str(), {"id": str()} as entry]:
-        yield tuple(line[:5]), wire.score_from_dict(entry)
+        score = wire.score_from_dict(entry)
+        if score.ok:  # what a disk has spoilt is asked for again
+          yield tuple(line[:5]), score
       case _:
         raise InputError(
           f"{path}, line {number} is no score of a reward, expected a file "

@@ -1,6 +1,7 @@
 """OCR accuracy as a reward: what engines read, scored against the targets."""
 
 import concurrent.futures
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from xomni_jax.errors import InputError
@@ -68,14 +69,15 @@ def make_scorer(
     for i, reading, text in zip(wanted, found, texts, strict=True):
       said = text_scores.forms_reward(text, targets[i], spaces)
       scores[i] = _score(items[i].id, reading, said, rev)
-      if scores[i].ok and reading.spans:
-        lines = by_line(items[i], reading)
-        scores[i] = scores[i]._replace(raw={**scores[i].raw, "lines": lines})
+      # Where nothing was read no line was read well.
+      if scores[i].ok and (reading.spans or not reading.text):
+        lines = {text_lines.NAME: by_line(items[i], reading)}
+        scores[i] = scores[i]._replace(raw={**scores[i].raw, **lines})
     return scores
 
   def by_line(item, reading):
     langs = [item.lang] * len(item.targets)
-    read = reading.text.split("\n")
+    read = reading.text.split("\n") if reading.spans else []
     return text_lines.line_scores(
       normalize_all(item.targets, langs),
       normalize_all(read, [item.lang] * len(read)),
@@ -91,7 +93,8 @@ def combine_engines(scorers: Mapping[str, Scorer], how: str) -> Scorer:
 
   Never the max: an image that fools one engine has to fool all. An item that
   one of them fails on has failed, for a mean over the others would be another
-  reward. `raw` tells each one's score and how far they are apart.
+  reward. `raw` tells each one's score and how far they are apart, and of lines
+  what they say together.
 
   Raises:
     InputError: how is neither "mean" nor "min".
@@ -117,9 +120,11 @@ def _combined(by_engine, how):
     if not score.ok:
       raw = {"engine": name, "raw": score.raw}
       return score._replace(raw=raw, model_rev=rev)
-  values = [score.score for score in scores if score.score is not None]
-  if not values:
+  there = [score for score in scores if score.score is not None]
+  if not there:
     return wire.absent(scores[0].id, rev)
+  values = [score.score for score in there]
+  join = min if how == "min" else statistics.fmean
   raw = {
     "engines": {
       name: {"score": score.score, "raw": score.raw}
@@ -127,8 +132,10 @@ def _combined(by_engine, how):
     },
     "apart": max(values) - min(values),
   }
-  value = min(values) if how == "min" else sum(values) / len(values)
-  return Score(scores[0].id, True, value, raw, None, rev)
+  told = [text_lines.told(score.raw) for score in there]
+  if lines := text_lines.combined(told, values, join):
+    raw[text_lines.NAME] = lines
+  return Score(scores[0].id, True, join(values), raw, None, rev)
 
 
 def _read(engine, items):

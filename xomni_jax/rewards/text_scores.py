@@ -63,12 +63,17 @@ def text_reward(
   return forms_reward(normalize(read, lang), wanted, spaces)
 
 
+def closed(text: str) -> str:
+  """The text without white space."""
+  return _SPACE.sub("", text)
+
+
 def forms_reward(
   read: str, target: str, spaces: bool = True
 ) -> TextScore | None:
   """`text_reward` of texts that are normalised already."""
   if not spaces:
-    target, read = _SPACE.sub("", target), _SPACE.sub("", read)
+    target, read = closed(target), closed(read)
   if not target:
     return None
   distance = edit_distance(target, read)

@@ -12,7 +12,7 @@ import binascii
 import hashlib
 import io
 import json
-import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -92,6 +92,7 @@ class Limits(NamedTuple):
 
 
 LIMITS = Limits()
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class TooLargeError(InputError):
@@ -262,10 +263,14 @@ def _problem(entry):
 
 
 def is_finite_number(value) -> bool:
-  """Whether it is an int or float (no bool) that a float can hold."""
+  """Whether it is an int or float (no bool) that a float32 can hold.
+
+  Scores become float32 on their way to the devices and between hosts.
+  """
   try:
-    return not isinstance(value, bool) and math.isfinite(value)
-  except (TypeError, OverflowError):
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and abs(float(value)) <= _LARGEST
+  except OverflowError:
     return False
 
 

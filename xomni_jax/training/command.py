@@ -3,6 +3,7 @@
 import argparse
 import os
 import pathlib
+import re
 
 import jax
 
@@ -107,17 +108,19 @@ def connect(how: str | None) -> None:
     return
   # Of CPU processes; elsewhere it is not looked at.
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  if how == "auto":
-    jax.distributed.initialize()
-    return
-  address, _, rest = how.partition(",")
-  numbers = rest.split(",")
-  if ":" not in address or not all(n.isdigit() for n in numbers) or (
-    len(numbers) != 2
-  ):  # fmt: skip
+  found = re.fullmatch(r"([^,]+:[0-9]+),([0-9]+),([0-9]+)", how)
+  if how != "auto" and not (found and int(found[3]) < int(found[2])):
     raise InputError(
       f"--distributed {how!r}: expected auto or HOST:PORT,COUNT,INDEX, such as "
-      "10.0.0.2:1234,4,0"
+      "10.0.0.2:1234,4,0, with an index from 0 to count - 1"
     )
-  count, index = map(int, numbers)
-  jax.distributed.initialize(address, count, index)
+  try:
+    if found:
+      jax.distributed.initialize(found[1], int(found[2]), int(found[3]))
+    else:
+      jax.distributed.initialize()
+  except ValueError as e:
+    raise InputError(
+      f"--distributed {how!r}: {' '.join(str(e).split())[:200]}; name "
+      "HOST:PORT,COUNT,INDEX where nothing else tells of the processes"
+    ) from None

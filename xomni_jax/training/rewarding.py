@@ -20,8 +20,9 @@ import numpy as np
 from jax.experimental import io_callback, multihost_utils
 
 from xomni_jax.data.prompts import Prompt
+from xomni_jax.errors import InputError
 from xomni_jax.reward_config import CombineConfig, RewardConfig, parse_source
-from xomni_jax.rewards import combine, journal, ledger, wire
+from xomni_jax.rewards import combine, journal, ledger, text_lines, wire
 from xomni_jax.rewards.open import open_scorer
 
 # What can go wrong with a score, by number, so that it can be gathered.
@@ -219,9 +220,17 @@ class Rewarder:
     """What a run that is resumed had seen up to there."""
     if not self._watched.exists():
       return combine.History([], [])
-    lines = journal.read_journal(self._watched)
-    by_step = {line["step"]: line for line in lines if line["step"] < step}
-    seen = [by_step[s] for s in sorted(by_step)]
+    by_step = {}
+    for number, line in enumerate(journal.read_journal(self._watched), 1):
+      match line:
+        case {"step": int(), "failures": [int(), int()], "means": dict()}:
+          by_step[line["step"]] = line
+        case _:
+          raise InputError(
+            f"{self._watched}, line {number} is not about a step, expected a "
+            "file that only a run has written to; restore it or move it away"
+          )
+    seen = [by_step[s] for s in sorted(by_step) if s < step]
     keep = max(self._cfg.window, 2 * self._cfg.drift_window)
     return combine.History(
       [line["failures"] for line in seen[-keep:]],
@@ -341,18 +350,9 @@ def _table(
       apart if there else np.nan,
     )
     if lines and score.ok:
-      of_lines = _lines(score.raw)[:lines]
+      of_lines = text_lines.told(score.raw)[:lines]
       table[row, 4 : 4 + of_lines.size] = of_lines.ravel()
   return table
-
-
-def _lines(raw) -> np.ndarray:
-  """f32[K, 3] of what a reward says of lines; a server may say any."""
-  lines = raw.get("lines") if isinstance(raw, dict) else None
-  try:
-    return np.array(lines or [], np.float32).reshape(-1, 3)  # None is NaN
-  except (TypeError, ValueError):
-    return np.zeros((0, 3), np.float32)
 
 
 def gathered(table: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ are in training/rollout.py, rewards in training/rewarding.py.
 
 import dataclasses
 import pathlib
+import re
 import sys
 import time
 from typing import Any
@@ -15,11 +16,13 @@ import jax
 import numpy as np
 
 from xomni_jax import mesh as mesh_lib
+from xomni_jax import params as params_lib
 from xomni_jax.checkpoints import released
 from xomni_jax.config import Architecture
 from xomni_jax.data import encoder_ids, protocol
 from xomni_jax.data.prompts import Prompt, Prompts
 from xomni_jax.data.text_ops import T5Ids
+from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference import fresh
 from xomni_jax.inference.sheets import Picture
@@ -78,6 +81,7 @@ def stage(
   rows = cfg.global_batch * opts.minibatches
   grpo_rows.check(cfg, rows)
   made = program(cfg, arch)
+  _check_phases(cfg.phases, made.parts[REFERENCE])
   run = _Run(cfg, arch, opened, decoder, rows, workdir)
 
   def load(mesh, dtypes):
@@ -100,6 +104,19 @@ def stage(
     curves="reward/",
     close=run.close,
   )
+
+
+def _check_phases(phases, reference):
+  """InputError where a phase trains what KL is measured from."""
+  rows = params_lib.matched(reference.table, reference.tree)
+  for phase in phases:
+    for path in (f"{REFERENCE}/{row.path}" for row, _ in rows):
+      hits = lambda names, path=path: any(re.match(n, path) for n in names)
+      if hits(phase.train) and not hits(phase.freeze):
+        raise InputError(
+          f"phase {phase.name!r} trains {path} of the reference policy, which "
+          f"stays as it is; name what trains from its start, such as {POLICY}/"
+        )
 
 
 class _Run:

@@ -44,6 +44,8 @@ def pictures(
     title = [prompts[row].text] if first else []
     said = [f"{name}: {_said(of[row])}" for name, of in scores.items()]
     caption = "\n".join([*title, *said])
+    # JSON of a server can spell halves of characters, which no file can hold.
+    caption = caption.encode("utf-8", "replace").decode()
     return Picture(Image.fromarray(images[row]), caption)
 
   found = [picture(row) for row in rows]

@@ -15,10 +15,24 @@ from xomni_jax.mesh import to_host
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import step as step_lib
 
+# What rows depend on, of the options and of each reward.
+_MADE_BY = (
+  *("group_size", "temperature", "top_k", "top_p", "min_p"),
+  *("paint_steps", "paint_cfg_scale", "same_noise"),
+  *("normalise", "line_advantages", "combine"),
+)
+_WANTED = ("name", "weight", "engines", "normalise", "low", "high", "floor")
+
 
 def check(cfg: TrainConfig, rows: int) -> None:
   """Raises InputError where rows do not go into groups, passes and devices."""
   opts = cfg.options
+  unknown = dict(opts.rollout_mesh).keys() - {*mesh_lib.AXES}
+  if unknown:
+    raise InputError(
+      f"options.rollout_mesh has the axes {', '.join(sorted(unknown))}, "
+      f"expected some of {', '.join(mesh_lib.AXES)}"
+    )
   if rows % opts.group_size:
     raise InputError(
       f"a rollout of {rows} images (global_batch x options.minibatches) is no "
@@ -70,10 +84,13 @@ def tight(
 
 
 def mark(cfg: TrainConfig, number: int, prompts: Sequence[Prompt]) -> int:
-  """32 bits of what is asked for in a rollout, and of how it is drawn."""
+  """32 bits of what is asked for in a rollout, and of how it is drawn, painted
+  and turned into advantages. Where servers are is no part of it."""
   opts = cfg.options
-  how = (opts.temperature, opts.top_k, opts.top_p, opts.min_p)
-  return zlib.crc32(repr((number, cfg.seed, how, prompts)).encode())
+  how = [getattr(opts, name) for name in _MADE_BY]
+  wanted = [[getattr(r, name) for name in _WANTED] for r in opts.rewards]
+  asked = (number, cfg.seed, how, wanted, prompts)
+  return zlib.crc32(repr(asked).encode())
 
 
 def keep(rows: Mapping[str, np.ndarray], mark: int, mesh) -> dict[str, Any]:
