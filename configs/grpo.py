@@ -162,7 +162,7 @@ def _tiny():
     "frozen_dtype": "float32",
     **model_sections("world"),
   }
-  config["optim"] |= {"lr": 6e-4, "b2": 0.98}
+  config["optim"] |= {"lr": 1e-3, "b2": 0.98}
   config["options"] |= {
     "sizes": ((96, 96), (208, 128)),
     "group_size": 8,
