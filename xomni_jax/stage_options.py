@@ -160,7 +160,8 @@ class GRPOOptions:
     beta: weight of the KL divergence from the reference policy.
     normalise: divide advantages by the deviation of their group.
     line_advantages: of each prompt's target lines so many are told apart, where
-      a reward says how each was read and where it stands (OCR does): their
+      a reward says how each was read and where it stands (OCR does, but for
+      GOT alone; of several engines it is what they say together): their
       codes learn from their own line's score in the place of the image's;
       0: all codes of an image learn alike.
     aggregate: "token" or "sequence", what the loss is a mean over.
