@@ -166,12 +166,12 @@ def test_run_gives_codes_their_lines_advantage():
   run = mock.Mock(_cfg=mock.Mock(options=opts))
   # Longer rows, as for another size.
   rows = {"codes": np.zeros((4, 10), int), "mask": np.ones((4, 10))}
-  made, _ = grpo._Run._with_advantages(run, rows, heard, (2, 4))
-  upper, lower = made["advantage"][:, :4], made["advantage"][:, 4:8]
+  made, _ = grpo._Run._with_advantages(run, rows, heard, (2, 3))
+  upper, lower = made["advantage"][:, :3], made["advantage"][:, 3:6]
   whole = policy.group_advantages(values, 4, normalise=True)
-  np.testing.assert_allclose(upper, np.repeat(whole[::-1, None], 4, 1))
-  np.testing.assert_allclose(lower, np.repeat(whole[:, None], 4, 1))
-  assert not made["advantage"][:, 8:].any()
+  np.testing.assert_allclose(upper, np.repeat(whole[::-1, None], 3, 1))
+  np.testing.assert_allclose(lower, np.repeat(whole[:, None], 3, 1))
+  assert not made["advantage"][:, 6:].any()
 
 
 def test_row_belongs_to_the_line_with_most_of_it():
