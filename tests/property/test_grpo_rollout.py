@@ -31,6 +31,7 @@ from xomni_jax.training import (
   rollout,
   start,
 )
+from xomni_jax.training.stages import grpo_rows
 
 codes_as_images = grpo_small.codes_as_images  # a fixture
 
@@ -349,6 +350,38 @@ def test_rollout_that_waits_is_used_only_if_it_is_the_one(
   more = {"options__temperature": 0.5} if change == "temperature" else {}
   assert run(4 if change == "longer" else 3, **more) == 0
   assert draws == drawn
+
+
+def test_rollout_is_another_where_what_its_rows_depend_on_changed():
+  def mark(number=0, prompts=("p",), **changes):
+    config = settings(**{f"options__{k}": v for k, v in changes.items()})
+    cfg, _ = configure.parse(config, "test")
+    return grpo_rows.mark(cfg, number, prompts)
+
+  others = [
+    mark(1),
+    mark(prompts=("q",)),
+    *(
+      mark(**{name: value})
+      for name, value in (
+        ("temperature", 0.5),
+        ("min_p", 0.1),
+        ("group_size", 4),
+        ("paint_steps", 2),
+        ("normalise", False),
+        ("line_advantages", 0),
+        ("rewards", "({'name': 'ocr', 'source': 'local:ocr', 'weight': 2.0},)"),
+      )
+    ),
+  ]
+  assert len({mark(), *others}) == 1 + len(others)
+  # How the loss is made of it, in what parts, and where servers are.
+  elsewhere = "({'name': 'ocr', 'source': 'http://a:1', 'spaces': False},)"
+  for name, value in (
+    *(("beta", 0.5), ("clip_low", 0.1), ("loss_chunk", 8), ("paint_rows", 16)),
+    ("rewards", elsewhere),
+  ):
+    assert mark(**{name: value}) == mark()
 
 
 def test_rollouts_of_two_sizes_are_trained_as_each_alone(
