@@ -130,15 +130,26 @@ def test_own_rows_are_each_given_once():
   ]
 
 
-def test_rollout_has_to_be_whole_groups(tmp_path):
-  config = settings(global_batch=20)
+def _builds(config, workdir, refused):
+  """A stage is built of the config, or refused on one line; None: built."""
   cfg, arch = configure.parse(config, "test")
-  with pytest.raises(InputError, match="no multiple of group_size 8"):
-    build.stage(cfg, arch, config, tmp_path)
-  config = settings(options__sample_rows=12)
-  cfg, arch = configure.parse(config, "test")
-  with pytest.raises(InputError, match="sample_rows is 12, expected a part"):
-    build.stage(cfg, arch, config, tmp_path)
+  if refused is None:
+    build.stage(cfg, arch, config, workdir).close()
+    return
+  with pytest.raises(InputError, match=refused) as error:
+    build.stage(cfg, arch, config, workdir)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"global_batch": 20}, "no multiple of group_size 8"),
+    ({"options__sample_rows": 12}, "sample_rows is 12, expected a part"),
+  ],
+)
+def test_rollout_has_to_be_whole_groups(tmp_path, changes, said):
+  _builds(settings(**changes), tmp_path, said)
 
 
 @pytest.mark.parametrize(
@@ -152,13 +163,7 @@ def test_rollout_has_to_be_whole_groups(tmp_path):
 def test_reference_policy_is_never_trained(tmp_path, train, said):
   config = settings()
   config.phases["1_all"].train = (train,)
-  cfg, arch = configure.parse(config, "test")
-  if said is None:
-    build.stage(cfg, arch, config, tmp_path).close()
-    return
-  with pytest.raises(InputError, match=said) as error:
-    build.stage(cfg, arch, config, tmp_path)
-  assert "\n" not in str(error.value)
+  _builds(config, tmp_path, said)
 
 
 @pytest.mark.parametrize(
@@ -186,13 +191,7 @@ def test_reference_policy_is_never_trained(tmp_path, train, said):
 def test_rows_have_to_go_into_devices(tmp_path, monkeypatch, options, said):
   monkeypatch.setattr(jax, "device_count", lambda: 8)
   config = settings(**{f"options__{k}": v for k, v in options.items()})
-  cfg, arch = configure.parse(config, "test")
-  if said is None:
-    build.stage(cfg, arch, config, tmp_path).close()
-    return
-  with pytest.raises(InputError, match=said) as error:
-    build.stage(cfg, arch, config, tmp_path)
-  assert "\n" not in str(error.value)
+  _builds(config, tmp_path, said)
 
 
 @pytest.mark.parametrize("most", [1, 40, 100])
