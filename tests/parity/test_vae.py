@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from einops import rearrange
 
+from tests import peers
 from tests.helpers import (
   GOLDEN,
   agree,
   max_difference,
   params_from_torch,
-  randomise,
   read_folder,
 )
 from xomni_jax.checkpoints.released_config import read_json, vae_config
@@ -49,28 +49,12 @@ def tiny():
 @cache
 def reference(name):
   """Config, diffusers' model with random weights, and our parameters."""
-  pytest.importorskip("diffusers")
-  import torch
-  from diffusers import AutoencoderKL
-
   cfg = CONFIGS[name]
-  levels = len(cfg.block_out_channels)
-  model = AutoencoderKL(
-    in_channels=cfg.in_channels,
-    out_channels=cfg.out_channels,
-    down_block_types=("DownEncoderBlock2D",) * levels,
-    up_block_types=("UpDecoderBlock2D",) * levels,
-    block_out_channels=cfg.block_out_channels,
-    layers_per_block=cfg.layers_per_block,
-    latent_channels=cfg.latent_channels,
-    norm_num_groups=cfg.norm_num_groups,
-    use_quant_conv=False,
-    use_post_quant_conv=False,
-  )
-  randomise(model)
+  model = peers.autoencoder(cfg)
   # Log-variances over [-60, 60], so that both clamps are met.
-  spread = torch.linspace(-60, 60, cfg.latent_channels)
-  model.encoder.conv_out.bias[cfg.latent_channels :] = spread
+  bias = model.encoder.conv_out.bias
+  spread = np.linspace(-60, 60, cfg.latent_channels)
+  bias[cfg.latent_channels :] = bias.new_tensor(spread)
   state = model.state_dict()
   return cfg, model, params_from_torch(vae.rows(cfg), vae.abstract(cfg), state)
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from tests import stage_checks
 from tests.helpers import GOLDEN, max_difference
 from xomni_jax.config import TransformConfig
 from xomni_jax.data import encoder_ids, images
@@ -156,19 +157,8 @@ def test_decoder_dropped_tokens_keep_the_expectation():
 
 
 def test_decoder_loss_adds_up_over_devices():
-  made, loss, params = small()
   batch = some_batch(real=(1, 0, 1, 1))
-  totals, key = made.totals(batch), jax.random.key(1)
-  whole = loss(params, batch, totals, key)
-  halves = [
-    loss(params, {k: x[i : i + 2] for k, x in batch.items()}, totals, key)
-    for i in (0, 2)
-  ]
-  total = jax.tree.map(jnp.add, *halves)
-  # The same sums in another order.
-  assert jax.tree.all(
-    jax.tree.map(lambda a, b: abs(a - b) <= 1e-5 * abs(a), whole, total)
-  )
+  stage_checks.adds_up_over_devices(*small(), batch)
 
 
 def test_decoder_loss_leaves_masked_rows_out():
@@ -179,12 +169,9 @@ def test_decoder_loss_leaves_masked_rows_out():
 
 
 def test_decoder_rows_draw_by_record_and_not_by_place():
-  batch = some_batch()
-  order = np.array([2, 0, 3, 1])
-  moved = {name: x[order] for name, x in batch.items()}
-  assert abs(value_of(batch)[0] - value_of(moved)[0]) < 1e-5
-  other = {**batch, "id": batch["id"] + 1}
-  assert abs(value_of(batch)[0] - value_of(other)[0]) > 1e-3
+  stage_checks.rows_draw_by_record_and_not_by_place(
+    value_of, some_batch(), least=1e-3
+  )
 
 
 def test_decoder_held_out_loss_is_always_at_the_same_noise():

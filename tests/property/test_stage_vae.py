@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import stage_checks
 from tests.helpers import GOLDEN, max_difference
 from xomni_jax.config import Compute
 from xomni_jax.errors import InputError
@@ -109,20 +110,9 @@ def test_vae_loss_weighs_its_terms():
 
 
 def test_vae_loss_adds_up_over_devices():
-  """Halves, each divided by the whole batch's totals, make the whole."""
   _, _, made, loss, params = small()
   batch = some_batch(real=(1, 0, 1, 1))
-  totals, key = made.totals(batch), jax.random.key(1)
-  whole = loss(params, batch, totals, key)
-  halves = [
-    loss(params, {k: x[i : i + 2] for k, x in batch.items()}, totals, key)
-    for i in (0, 2)
-  ]
-  total = jax.tree.map(jnp.add, *halves)
-  # The same sums in another order.
-  assert jax.tree.all(
-    jax.tree.map(lambda a, b: abs(a - b) < 1e-5 * abs(a), whole, total)
-  )
+  stage_checks.adds_up_over_devices(made, loss, params, batch)
 
 
 def test_vae_loss_leaves_masked_rows_out():
@@ -138,12 +128,9 @@ def test_vae_loss_leaves_masked_rows_out():
 
 
 def test_vae_rows_draw_by_record_and_not_by_place():
-  batch = some_batch()
-  order = np.array([2, 0, 3, 1])
-  moved = {name: x[order] for name, x in batch.items()}
-  assert abs(value_of(batch)[0] - value_of(moved)[0]) < 1e-5
-  other = {**batch, "id": batch["id"] + 1}
-  assert abs(value_of(batch)[0] - value_of(other)[0]) > 1e-4
+  stage_checks.rows_draw_by_record_and_not_by_place(
+    value_of, some_batch(), least=1e-4
+  )
 
 
 def test_vae_held_out_loss_does_not_depend_on_the_key():
