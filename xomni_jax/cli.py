@@ -359,9 +359,15 @@ def generate(args) -> None:
 def chat(args) -> None:
   """`xomni chat`."""
   from xomni_jax.data.images import open_image
+  from xomni_jax.inference.sampling import Sampling
 
-  image = open_image(args.image_path) if args.image_path else None
   how = _how(args)
+  if how.greedy and how != Sampling(greedy=True):
+    raise InputError(
+      "got --temperature, --top-k, --top-p or --min-p, which the likeliest "
+      "answer does not depend on; add --sample to draw one, or leave them out"
+    )
+  image = open_image(args.image_path) if args.image_path else None
   model, seconds = _load(args)
   start = time.monotonic()
   answer = model.chat(

@@ -200,6 +200,12 @@ def test_empty_question_is_refused(fails):
   )
 
 
+def test_settings_of_sampling_are_refused_where_nothing_is_sampled(fails):
+  assert "add --sample" in fails(
+    "chat", *models(TINY, False), "--prompt", "x", "--temperature", "0.7"
+  )
+
+
 def test_unknown_model_is_refused_in_one_line(fails):
   assert "no such folder" in fails(
     "generate", "--model", "./nowhere", "--codes-only", "--prompt", "x"
