@@ -125,7 +125,16 @@ def _module(name):
   def run(rest):
     import importlib
 
-    return importlib.import_module(f"xomni_jax.{name}").main(rest)
+    try:
+      module = importlib.import_module(f"xomni_jax.{name}")
+    except ModuleNotFoundError as e:
+      if e.name is None or e.name.startswith("xomni_jax"):
+        raise
+      raise InputError(
+        f"needs the package {e.name}, which is not installed; training and "
+        "measuring need an extra: pip install -e '.[cpu]', '.[gpu]' or '.[tpu]'"
+      ) from e
+    return module.main(rest)
 
   return run
 
@@ -200,7 +209,15 @@ def _generate_flags(parser):
     type=int,
     nargs="+",
     metavar="PX",
-    help="H [W]; unset: a square of the checkpoint's longest side",
+    help="H [W]; unset: a square of the checkpoint's longest side, a sign by "
+    "the models that come with the package, whose posters are 208 128",
+  )
+  parser.add_argument(
+    "--downsample-size",
+    type=int,
+    metavar="PX",
+    help="pixels a token, as the official script is told; the checkpoint says "
+    "it, and another is refused",
   )
   parser.add_argument(
     "--num-images", type=int, default=1, help="images per prompt"
@@ -321,6 +338,11 @@ def generate(args) -> None:
   paths = files.output_paths(args.output_path, prompts, args.num_images, kind)
   model, seconds = _load(args, None if args.codes_only else args.flux)
   px = model.pixels_per_token
+  if args.downsample_size not in (None, px):
+    raise InputError(
+      f"--downsample-size is {args.downsample_size}, but a token of "
+      f"{args.model} is {px} px wide; leave it out"
+    )
   size = args.image_size or model.config.image_size
   size = (size[0], size[-1])
   done, spent = 0, {}

@@ -5,9 +5,10 @@ Import, export, shardings and the check of a checkpoint all follow from it.
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,25 @@ from xomni_jax import mesh as mesh_lib
 from xomni_jax.errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def abstract_tree(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
+  """Decorator: `init(cfg)`'s tree as shapes and dtypes, nothing allocated.
+
+  A config is traced once in a process: that takes up to a second for each
+  model. What is returned may be changed.
+  """
+
+  @functools.cache
+  def traced(cfg):
+    return jax.eval_shape(lambda: init(cfg))
+
+  @functools.wraps(init)
+  def abstract(cfg):
+    leaf = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.tree.map(leaf, traced(cfg))
+
+  return abstract
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from xomni_jax.data.prompts import open_prompts
 from xomni_jax.errors import InputError
 from xomni_jax.mesh import fill, make_mesh
 from xomni_jax.params import flatten
+from xomni_jax.reward_config import CombineConfig
 from xomni_jax.stage_options import OPTIONS
 from xomni_jax.training import build, configure
 from xomni_jax.training.command import connect
@@ -93,6 +94,16 @@ def test_overrides_reach_what_a_section_leaves_at_its_default():
   assert cfg.report.profile == (3, 5) and dict(cfg.mesh)["fsdp"] == -1
   assert cfg.optim.eps == 1e-6 and cfg.phases[0].lr_scale == 2.0
   assert cfg.eval_data.max_bad_rate == 0.5
+
+
+def test_overrides_reach_a_section_that_is_left_out_as_a_whole():
+  config = read("grpo")
+  assert "combine" not in config.options
+  configure.override(config, ["options.combine.max_failure_rate=0.6"])
+  cfg, _ = configure.parse(config, "grpo")
+  assert cfg.options.combine == CombineConfig(max_failure_rate=0.6)
+  with pytest.raises(InputError, match="names no setting"):
+    configure.override(read("grpo"), ["options.combine.rate=0.6"])
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from xomni_jax.models.layers import (
   write_cache,
 )
 from xomni_jax.models.splash import splash
-from xomni_jax.params import Row, dense, prefixed
+from xomni_jax.params import Row, abstract_tree, dense, prefixed
 
 _INIT = nn.initializers.normal(0.02)  # Qwen2's initializer_range
 
@@ -336,9 +336,9 @@ def rows(cfg: ARConfig) -> list[Row]:
   return out
 
 
+@abstract_tree
 def abstract(cfg: ARConfig) -> dict[str, Any]:
   """The parameter tree as shapes, nothing allocated."""
-  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  valid = jax.ShapeDtypeStruct((1, 2), bool)
-  init = lambda *args: XOmniAR(cfg).init(jax.random.key(0), *args)["params"]
-  return jax.eval_shape(init, tokens, tokens, valid)
+  tokens, valid = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+  model = XOmniAR(cfg, Compute(scan_layers=True))
+  return model.init(jax.random.key(0), tokens, tokens, valid)["params"]

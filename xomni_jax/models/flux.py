@@ -25,7 +25,7 @@ from xomni_jax.models.layers import (
   stack_init,
   stacked,
 )
-from xomni_jax.params import Row, dense, prefixed
+from xomni_jax.params import Row, abstract_tree, dense, prefixed
 
 _TIME_DIM = 256  # of the sinusoids, fixed in FLUX
 _THETA = 10000.0
@@ -350,21 +350,16 @@ def rows(cfg: FluxConfig) -> list[Row]:
   ]
 
 
+@abstract_tree
 def abstract(cfg: FluxConfig) -> dict[str, Any]:
   """The parameter tree as shapes, nothing allocated."""
-  shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
-
-  def init(*args):
-    *args, features = args
-    key = jax.random.key(0)
-    return Flux(cfg).init(key, *args, (1, 1), features)["params"]
-
-  return jax.eval_shape(
-    init,
-    shape(1, 1, cfg.in_channels),
-    shape(1, 1, cfg.joint_attention_dim),
-    shape(1, cfg.pooled_projection_dim),
-    shape(1),
-    shape(1),
-    shape(1, 1, cfg.siglip_channels),
-  )
+  return Flux(cfg, Compute(scan_layers=True)).init(
+    jax.random.key(0),
+    jnp.zeros((1, 1, cfg.in_channels)),
+    jnp.zeros((1, 1, cfg.joint_attention_dim)),
+    jnp.zeros((1, cfg.pooled_projection_dim)),
+    jnp.zeros(1),
+    jnp.zeros(1),
+    (1, 1),
+    jnp.zeros((1, 1, cfg.siglip_channels)),
+  )["params"]

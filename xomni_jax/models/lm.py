@@ -19,7 +19,7 @@ from xomni_jax.models.layers import (
   stack_init,
   stacked,
 )
-from xomni_jax.params import Row, prefixed
+from xomni_jax.params import Row, abstract_tree, prefixed
 
 _INIT = nn.initializers.normal(0.02)  # Qwen2's initializer_range
 
@@ -113,9 +113,9 @@ def rows(cfg: LMConfig) -> list[Row]:
   ]
 
 
+@abstract_tree
 def abstract(cfg: LMConfig) -> dict[str, Any]:
   """The parameter tree as shapes, nothing allocated."""
-  tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  valid = jax.ShapeDtypeStruct((1, 2), bool)
-  init = lambda *args: CausalLM(cfg).init(jax.random.key(0), *args)["params"]
-  return jax.eval_shape(init, tokens, tokens, valid)
+  tokens, valid = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
+  model = CausalLM(cfg, Compute(scan_layers=True))
+  return model.init(jax.random.key(0), tokens, tokens, valid)["params"]

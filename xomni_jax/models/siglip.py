@@ -20,7 +20,7 @@ from xomni_jax.models.layers import (
   stack_init,
   stacked,
 )
-from xomni_jax.params import Row, dense, norm, prefixed
+from xomni_jax.params import Row, abstract_tree, dense, norm, prefixed
 
 # Tensors of a released file that nothing here uses: final norm, pooling, head.
 IGNORED = r"(norm|fc_norm|attn_pool|head)\..*"
@@ -165,8 +165,10 @@ def rows(cfg: SiglipConfig) -> list[Row]:
   ]
 
 
+@abstract_tree
 def abstract(cfg: SiglipConfig) -> dict[str, Any]:
   """The parameter tree as shapes, nothing allocated."""
-  image = jax.ShapeDtypeStruct((1, cfg.patch, cfg.patch, 3), jnp.float32)
-  init = lambda x: Siglip(cfg).init(jax.random.key(0), x)["params"]
-  return jax.eval_shape(init, image)
+  image = jnp.zeros((1, cfg.patch, cfg.patch, 3))
+  return Siglip(cfg, Compute(scan_layers=True)).init(jax.random.key(0), image)[
+    "params"
+  ]

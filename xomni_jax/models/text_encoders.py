@@ -21,7 +21,7 @@ from xomni_jax.models.layers import (
   stack_init,
   stacked,
 )
-from xomni_jax.params import Row, dense, norm, prefixed
+from xomni_jax.params import Row, abstract_tree, dense, norm, prefixed
 
 _EMBED = nn.initializers.normal(0.02)  # CLIP's initializer_range
 
@@ -332,17 +332,18 @@ def t5_rows(cfg: T5Config) -> list[Row]:
   ]
 
 
+@abstract_tree
 def clip_abstract(cfg: CLIPConfig) -> dict[str, Any]:
   """CLIP's parameter tree as shapes, nothing allocated."""
-  return _abstract(CLIPText(cfg))
+  return _init(CLIPText(cfg, Compute(scan_layers=True)))
 
 
+@abstract_tree
 def t5_abstract(cfg: T5Config) -> dict[str, Any]:
   """T5's parameter tree as shapes, nothing allocated."""
-  return _abstract(T5Encoder(cfg))
+  return _init(T5Encoder(cfg, Compute(scan_layers=True)))
 
 
-def _abstract(model):
-  ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  init = lambda ids: model.init(jax.random.key(0), ids)["params"]
-  return jax.eval_shape(init, ids)
+def _init(model):
+  ids = jnp.zeros((1, 1), jnp.int32)
+  return model.init(jax.random.key(0), ids)["params"]

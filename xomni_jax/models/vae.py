@@ -17,7 +17,7 @@ from xomni_jax.config import Compute
 from xomni_jax.flux_config import VAEConfig
 from xomni_jax.mesh import constrain
 from xomni_jax.models.layers import attention
-from xomni_jax.params import Row, flatten
+from xomni_jax.params import Row, abstract_tree, flatten
 
 _LOGVAR = -5.0  # what the encoder says of every latent before it has learned
 
@@ -272,9 +272,10 @@ def init(key: jax.Array, cfg: VAEConfig) -> dict[str, Any]:
   }
 
 
+@abstract_tree
 def abstract(cfg: VAEConfig) -> dict[str, Any]:
   """The parameter tree as shapes, nothing allocated."""
-  return jax.eval_shape(lambda: init(jax.random.key(0), cfg))
+  return init(jax.random.key(0), cfg)
 
 
 # No axis has a rule: at 84M parameters the whole is replicated.

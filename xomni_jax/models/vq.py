@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from xomni_jax.config import Compute, VQConfig
 from xomni_jax.mesh import constrain
-from xomni_jax.params import Row, dense, norm, prefixed
+from xomni_jax.params import Row, abstract_tree, dense, norm, prefixed
 
 _POST_BLOCKS = 2  # fixed in the reference, no config field
 
@@ -256,8 +256,8 @@ def rows(cfg: VQConfig) -> list[Row]:
   )
 
 
+@abstract_tree
 def abstract(cfg: VQConfig) -> dict[str, Any]:
   """The parameter tree as shapes, nothing allocated."""
-  x = jax.ShapeDtypeStruct((1, 1, 1, cfg.z_channels), jnp.float32)
-  init = lambda x: VQ(cfg).init(jax.random.key(0), x)["params"]
-  return jax.eval_shape(init, x)
+  features = jnp.zeros((1, 1, 1, cfg.z_channels))
+  return VQ(cfg).init(jax.random.key(0), features)["params"]

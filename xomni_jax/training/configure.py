@@ -40,9 +40,7 @@ def override(config: ConfigDict, settings: Sequence[str]) -> None:
   for setting in settings:
     path, equals, text = setting.partition("=")
     *parents, last = path.split(".")
-    node = config
-    for name in parents:
-      node = node.get(name, None) if isinstance(node, ConfigDict) else None
+    node = _section(config, parents)
     known = isinstance(node, ConfigDict) and {
       **_defaults(config, parents),
       **node,
@@ -76,28 +74,50 @@ def override(config: ConfigDict, settings: Sequence[str]) -> None:
     )
 
 
-def _defaults(config: ConfigDict, parents: Sequence[str]) -> dict[str, Any]:
+def _section(config: ConfigDict, path: Sequence[str]) -> Any:
+  """What lies at a path: an empty section where it may go unsaid as a whole."""
+  node = config
+  for i, name in enumerate(path):
+    if not isinstance(node, ConfigDict):
+      return None
+    if name not in node and any(
+      f.name == name and f.default_factory is not dataclasses.MISSING
+      for f in _fields(config, path[:i])
+    ):
+      node[name] = ConfigDict()
+    node = node.get(name, None)
+  return node
+
+
+def _defaults(config: ConfigDict, path: Sequence[str]) -> dict[str, Any]:
   """{setting: default} of a section."""
-  match parents:
-    case ["mesh"]:
-      return dict.fromkeys(AXES, 1)
-    case ["options"]:
-      cls = OPTIONS.get(config.get("stage"))
-    case ["phases", _]:
-      cls = Phase
-    case [name]:
-      cls = typing.get_type_hints(TrainConfig).get(name)
-    case _:
-      return {}
-  kinds = [
-    k for k in (cls, *typing.get_args(cls)) if dataclasses.is_dataclass(k)
-  ]
+  if path == ["mesh"]:
+    return dict.fromkeys(AXES, 1)
   return {
     f.name: f.default
-    for kind in kinds
-    for f in dataclasses.fields(kind)
+    for f in _fields(config, path)
     if f.default is not dataclasses.MISSING
   }
+
+
+def _fields(config: ConfigDict, path: Sequence[str]) -> list[dataclasses.Field]:
+  """Of the dataclass that a section becomes; none where it becomes another."""
+  match path:
+    case ["options", *rest]:
+      cls = OPTIONS.get(config.get("stage"))
+    case ["phases", _, *rest]:
+      cls = Phase
+    case rest:
+      cls = TrainConfig
+  for name in rest:
+    kinds = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+    cls = kinds.get(name)
+  return [
+    field
+    for kind in (cls, *typing.get_args(cls))
+    if dataclasses.is_dataclass(kind)
+    for field in dataclasses.fields(kind)
+  ]
 
 
 def parse(config: ConfigDict, where: str) -> tuple[TrainConfig, Architecture]:
