@@ -302,10 +302,10 @@ def _load(args, flux=None):
   return model, time.monotonic() - start
 
 
-def _how(args, cfg_scale=1.0):
+def _how(args, cfg_scale=1.0, instead="leave out --greedy"):
   from xomni_jax.inference.sampling import Sampling
 
-  return Sampling(
+  how = Sampling(
     args.temperature,
     args.top_k,
     args.top_p,
@@ -313,6 +313,12 @@ def _how(args, cfg_scale=1.0):
     args.greedy,
     cfg_scale,
   )
+  if how.greedy and how != Sampling(greedy=True, cfg_scale=cfg_scale):
+    raise InputError(
+      "got --temperature, --top-k, --top-p or --min-p, which the likeliest "
+      f"tokens do not depend on; {instead} to draw by them, or leave them out"
+    )
+  return how
 
 
 def generate(args) -> None:
@@ -381,14 +387,8 @@ def generate(args) -> None:
 def chat(args) -> None:
   """`xomni chat`."""
   from xomni_jax.data.images import open_image
-  from xomni_jax.inference.sampling import Sampling
 
-  how = _how(args)
-  if how.greedy and how != Sampling(greedy=True):
-    raise InputError(
-      "got --temperature, --top-k, --top-p or --min-p, which the likeliest "
-      "answer does not depend on; add --sample to draw one, or leave them out"
-    )
+  how = _how(args, instead="add --sample")
   image = open_image(args.image_path) if args.image_path else None
   model, seconds = _load(args)
   start = time.monotonic()
@@ -419,6 +419,19 @@ def tokenize(args) -> None:
   from xomni_jax.inference import files
 
   if args.image_path:
+    given = {
+      "--prompt": args.prompt,
+      "--steps": args.steps,
+      "--seed": args.seed,
+    }
+    ignored = [
+      flag for flag, value in given.items() if value not in (None, "", 0)
+    ]
+    if ignored:
+      raise InputError(
+        f"got {', '.join(ignored)}, which codes of an image do not depend on; "
+        "leave them out, or paint with --codes"
+      )
     image = open_image(args.image_path)
     out = (
       files.checked_path(args.output_path, "json") if args.output_path else None

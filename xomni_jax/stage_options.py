@@ -29,6 +29,20 @@ class VAEOptions:
   kl: float = 1e-6
   fit_scale: bool = True
 
+  def __post_init__(self):
+    validate(
+      self,
+      (
+        len(self.crops) > 0 and min(self.crops, default=0) > 0,
+        f"crops is {self.crops}, expected sides in px, above 0",
+      ),
+      *positive(self, "align"),
+      *(
+        (getattr(self, name) >= 0, f"{name}: expected from 0")
+        for name in ("l1", "l2", "edges", "kl")
+      ),
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerOptions:
@@ -142,6 +156,7 @@ class DecoderOptions:
         0 <= self.token_dropout < 1,
         f"token_dropout is {self.token_dropout}, expected 0 to below 1",
       ),
+      *positive(self, "text_len", "preview_steps"),
     )
 
 

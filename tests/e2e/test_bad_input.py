@@ -60,6 +60,14 @@ GENERATE = {
     ["--prompt", "x", "--mesh", "data=64"],
     ["needs 64 devices"],
   ),
+  "settings that greedy ignores": (
+    ["--prompt", "x", "--greedy", "--top-k", "5"],
+    ["likeliest", "leave out --greedy"],
+  ),
+  "another size of a token": (
+    ["--prompt", "x", "--image-size", "64", "--downsample-size", "8"],
+    ["--downsample-size is 8", "16 px"],
+  ),
   "unknown mesh axis": (
     ["--prompt", "x", "--mesh", "model=2"],
     ["'model=2'", "tensor"],
@@ -149,6 +157,13 @@ def test_image_that_can_not_be_read_is_refused(name, verb, fails, tmp_path):
   )
   for word in words:
     assert word in error
+
+
+def test_settings_that_codes_ignore_are_refused(fails, tmp_path):
+  picture(tmp_path / "x.png", (96, 96))
+  argv = ("tokenize", *models(TINY, False), "--image-path", tmp_path / "x.png")
+  error = fails(*argv, "--prompt", "red", "--steps", "4")
+  assert "got --prompt, --steps" in error and "paint with --codes" in error
 
 
 CODES = {

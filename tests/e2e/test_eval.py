@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 import xomni_jax
 from tests.helpers import GOLDEN
 from xomni_jax import cli
+from xomni_jax.errors import RunError
 from xomni_jax.evals import answers, asked, command, drawing, reading, rows
 from xomni_jax.inference.sampling import Sampling
 from xomni_jax.rewards.wire import Item
@@ -128,6 +129,13 @@ def test_packed_rows_are_scored_but_not_added_to(
 ):
   figures = packed / "best-of-n.json"
   figures.unlink()
+  # What is asked can be had from its source, too, where it is the same.
+  prompts = packed / "best-of-n.test.prompts.jsonl"
+  kept = prompts.read_text()
+  prompts.write_text(kept.replace("a", "A", 1))
+  assert cli.main(["eval", "score", str(packed)]) == 2
+  assert "other prompts than the rows" in capsys.readouterr().err
+  prompts.unlink()
   assert cli.main(["eval", "score", str(packed)]) == 0
   assert figures.read_bytes() == (measured / figures.name).read_bytes()
   capsys.readouterr()
@@ -158,6 +166,12 @@ def test_rows_and_sheets_of_the_same_model_are_reused(
   more = ["--n", "1,2", "--reuse", str(request.getfixturevalue(kept))]
   assert cli.main(_argv("best-of-n", models, out, *more)) == 0
   assert set(drawn) == {"rl"}
+  # Fewer images of each prompt: as many of its rows.
+  fewer = ["--n", "1", "--reuse", str(out)]
+  assert cli.main(_argv("best-of-n", models, tmp_path / "fewer", *fewer)) == 0
+  assert drawn == ["rl"] * len(drawn)
+  _, found = rows.read_rows(tmp_path / "fewer" / "best-of-n.rows.jsonl")
+  assert {key.sample for key in found} == {0}
   before, after = (
     json.loads((f / "best-of-n.json").read_text())["scores"]
     for f in (measured, out)
@@ -249,7 +263,7 @@ def test_true_codes_are_painted_as_the_model_decodes_them(tiny):
   """The same codes, and the same pixels from the same noise."""
   some = asked.open_asked("world:signs:test", 4)
   pictures = asked.true_images("world:signs:test", range(4))
-  drawer = drawing.Drawer(tiny, 7, 2)
+  drawer = drawing.Drawer(tiny, 2**32 - 1, 2)  # a seed that is no int32
   seen = {}
   paint = drawer._paint
 
@@ -315,6 +329,39 @@ def test_model_without_a_decoder_is_one_line(folders, tmp_path, capsys):
   assert cli.main([*argv[:place], *argv[place + 2 :]]) == 2
   err = capsys.readouterr().err
   assert "--flux" in err and len(err.splitlines()) == 1
+
+
+def test_readers_whose_process_was_killed_say_so():
+  readers = reading.Readers(1)
+  try:
+    (pid,) = readers._pool._processes
+    os.kill(pid, signal.SIGKILL)
+    blank = Item("0", np.zeros((32, 32, 3), np.uint8), "p", ("A",))
+    for _ in range(2):  # once the pool knows, it takes no more questions
+      with pytest.raises(RunError, match=r"was killed.*--readers"):
+        readers.hear(readers.ask([blank]))
+  finally:
+    readers.close()
+
+
+def test_model_that_is_changed_while_it_is_measured_is_refused(
+  folders, tmp_path, monkeypatch, capsys
+):
+  rl = tmp_path / "rl"
+  shutil.copytree(folders["rl"], rl)
+  real = command._Bench._drawer
+
+  def changed(self, name):
+    if name == "rl":
+      config = rl / "generation_config.json"
+      config.write_text('{"changed": true}')
+    return real(self, name)
+
+  monkeypatch.setattr(command._Bench, "_drawer", changed)
+  argv = _argv("best-of-n", folders | {"rl": str(rl)}, tmp_path / "out")
+  assert cli.main([*argv, "--n", "1"]) == 2
+  err = capsys.readouterr().err.splitlines()[-1]
+  assert f"--rl {rl} was changed since this command began" in err
 
 
 def test_processes_that_read_load_no_jax():

@@ -1,5 +1,6 @@
 """The models that come with the package draw and read what they should."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -86,6 +87,12 @@ def test_shipped_decoder_reads_prompts_to_their_end():
     world = open_world(level, "test")
     rows = ids([world.prompt(i) for i in range(1000)])
     assert (rows == 1).any(axis=1).all(), level  # </s> is there
+
+
+def test_folder_called_like_a_shipped_model_is_no_shipped_model():
+  assert shipped.find("tiny") is not None
+  for name in ("./tiny", pathlib.Path("tiny"), pathlib.Path("./tiny-sft")):
+    assert shipped.find(name) is None
 
 
 def test_generate_and_chat_need_no_model_named(tmp_path, capsys):

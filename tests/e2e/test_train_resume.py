@@ -12,12 +12,13 @@ import signal
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 import xomni_jax
 from tests import train_runs as runs
 from tests.released_files import SOURCE, ignored, read_all
 from xomni_jax import cli
-from xomni_jax.checkpoints import manifest
+from xomni_jax.checkpoints import manifest, released
 from xomni_jax.inference import fresh
 
 
@@ -274,11 +275,19 @@ def test_export_that_was_cut_short_is_made_again(folder, copied, capsys):
   assert (copied / "model").stat().st_mtime_ns == made  # once is enough
 
 
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(28, "No space left on device"),
+    SafetensorError("No space left on device (os error 28)"),
+  ],
+)
 def test_disk_that_is_full_at_the_export_is_one_line(
-  folder, copied, capsys, monkeypatch
+  folder, copied, capsys, monkeypatch, error
 ):
-  def full(*_, **__):
-    raise OSError(28, "No space left on device")
+  def full(_, out, *__, **___):
+    with released.staged(out):
+      raise error
 
   monkeypatch.setattr(fresh, "replace_parts", full)
   (copied / "exported").unlink()

@@ -161,6 +161,24 @@ def test_bad_settings_are_refused_on_one_line(path, value, says):
   assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+  ("stage", "setting", "says"),
+  [
+    ("vae", "align=0", "align is 0, expected above 0"),
+    ("vae", "crops=(64, 0)", r"crops is \(64, 0\), expected sides in px"),
+    ("vae", "kl=-1", "kl: expected from 0"),
+    ("decoder", "text_len=0", "text_len is 0, expected above 0"),
+    ("decoder", "preview_steps=0", "preview_steps is 0, expected above 0"),
+  ],
+)
+def test_bad_options_are_refused_on_one_line(stage, setting, says):
+  config = read(stage)
+  configure.override(config, [f"options.{setting}"])
+  with pytest.raises(InputError, match=says) as e:
+    configure.parse(config, "config")
+  assert "\n" not in str(e.value)
+
+
 def test_expressions_that_match_nothing_are_refused():
   config = change("phases.5_all.train", ("ar/lmm/",))
   cfg, arch = configure.parse(config, "config")

@@ -199,6 +199,9 @@ def test_rows_of_the_same_models_are_taken_over(tmp_path):
     file.add(found.items())
   there = rows.reusable(path, mine)
   assert there.rows == found
+  # An image has a key of its own, however many are drawn.
+  more = mine | {"n": [1], "samples": 2, "batch": 3}
+  assert rows.reusable(path, more) == there
   assert there.models == {"", "sft"}  # of no model: true drawings
 
 

@@ -166,6 +166,12 @@ def test_reference_policy_is_never_trained(tmp_path, train, said):
   _builds(config, tmp_path, said)
 
 
+def test_phase_with_data_of_its_own_is_refused(tmp_path):
+  config = settings()
+  config.phases["1_all"].data = config.data
+  _builds(config, tmp_path, "'1_all' has data of its own")
+
+
 @pytest.mark.parametrize(
   ("options", "said"),
   [

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from xomni_jax import mesh as mesh_lib
@@ -262,7 +263,8 @@ def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder to fill, which becomes `out` if nothing fails.
 
   Raises:
-    InputError: `out` exists and is not an empty folder, or can't be made.
+    InputError: `out` exists and is not an empty folder, or can't be made or
+      written.
   """
   out = out.absolute()
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -280,8 +282,15 @@ def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
     if out.exists():
       out.rmdir()
     staging.rename(out)
-  except BaseException:
+  except BaseException as e:
     shutil.rmtree(staging, ignore_errors=True)
     for parent in made:
-      parent.rmdir()
+      with contextlib.suppress(OSError):
+        parent.rmdir()
+    # safetensors has an error of its own for a full disk.
+    if isinstance(e, OSError | SafetensorError):
+      raise InputError(
+        f"{out} can't be written ({' '.join(str(e).split())}); make room "
+        "there, or name another"
+      ) from None
     raise

@@ -7,6 +7,7 @@ them again.
 
 import collections
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from xomni_jax.data import world
 from xomni_jax.data.images import codes_picture
 from xomni_jax.demo import page
 from xomni_jax.errors import ArgumentParser, InputError, RunError
+from xomni_jax.evals.answers import QUESTIONS
 from xomni_jax.inference import sheets
 from xomni_jax.rewards import ocr, wire
 
@@ -36,7 +38,6 @@ _SIGNS = (
   "options.sizes=((96, 96),)",
   "options.prompt_len=32",
 )
-_QUESTIONS = ("What does it say?", "What colour is it?")
 
 
 class Drawn(NamedTuple):
@@ -91,6 +92,8 @@ def main(argv: list[str]) -> int:
   if args.steps < 1:
     raise InputError(f"--steps is {args.steps}, expected 1 or more")
   out = make_folder(args.out)
+  # Told to stop, it stops what it started.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   clock = _Clock()
   score = ocr.make_scorer(ocr.open_engine("rapidocr", 2), spaces=False)
   asked = {}
@@ -183,9 +186,7 @@ def answer(
     for i in range(drawn, drawn + count):
       record = source[i]
       truth = dict(record["qa"])
-      asked = [
-        (q, model.chat(record["image"], q), truth[q]) for q in _QUESTIONS
-      ]
+      asked = [(q, model.chat(record["image"], q), truth[q]) for q in QUESTIONS]
       found.append((record["image"], asked))
   return found
 
@@ -209,11 +210,18 @@ def learn(workdir: pathlib.Path, steps: int) -> None:
     *(f"--config.{setting}" for setting in settings),
   )
   # Its progress goes where people look; what this command prints is the page.
-  done = subprocess.run(command, stdout=sys.stderr, check=False)
-  if done.returncode:
+  child = subprocess.Popen(command, stdout=sys.stderr)
+  try:
+    child.wait()
+  finally:
+    # An interrupt or SIGTERM: training saves before it ends.
+    if child.poll() is None:
+      child.terminate()
+      child.wait()
+  if child.returncode:
     raise RunError(
-      f"reinforcement learning ended with status {done.returncode}; remove "
-      f"{workdir} to begin again"
+      f"reinforcement learning ended with status {child.returncode}; start "
+      f"again to go on, or remove {workdir} to begin anew"
     )
 
 

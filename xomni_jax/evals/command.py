@@ -193,12 +193,13 @@ def _answers(args):
   some = asked.open_asked(args.source, args.count)
   answers.check_asks(args.source)
   out = make_folder(args.out) if args.out else None
+  which = fingerprint(args.model)
   model = loading.load(args.model)
   with measure.progress(args.count) as bar:
     found = answers.measure(model, args.source, args.count, args.batch, bar)
   identity = {
     "measures": answers.NAME,
-    "models": {"model": fingerprint(args.model)},
+    "models": {"model": which},
     "source": args.source,
     "prompts": {"test": [len(some), asked.prompts_hash(some)]},
   }
@@ -273,11 +274,11 @@ class _Bench(contextlib.ExitStack):
         f"{packed} is packed, and can't be added to; unpack it with gunzip, or "
         "use a new --out and name this one with --reuse"
       )
-    self.rows = rows.Rows(path, self.identity)
-    self.callback(self.rows.close)
     if args.reuse:
       other = _kept_rows(args.reuse, self._name)
       self._there = rows.reusable(other, self.identity)
+    self.rows = rows.Rows(path, self.identity)
+    self.callback(self.rows.close)
     for split, some in self._prompts.items():
       rows.write_prompts(_prompts_path(self._out, self._name, split), some)
 
@@ -301,19 +302,26 @@ class _Bench(contextlib.ExitStack):
     if self._there is None:
       return
     same = [s for s in settings if s.model in self._there.models]
-    names = {s.name for s in same}
+    samples = {s.name: s.samples for s in same}
     found = self._there.rows.items()
-    self.rows.add((key, read) for key, read in found if key.setting in names)
+    self.rows.add(
+      (k, read) for k, read in found if k.sample < samples.get(k.setting, 0)
+    )
     for setting in same:
       there, here = (
         measure.sheet_path(out / "sheets" / self._name, setting)
         for out in (self._args.reuse, self._out)
       )
       if there.exists() and not here.exists():
-        here.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(here.parent)
         part = here.with_suffix(".tmp")
-        shutil.copyfile(there, part)
-        part.replace(here)  # whole or not at all
+        try:
+          shutil.copyfile(there, part)
+          part.replace(here)  # whole or not at all
+        except OSError as e:
+          raise InputError(
+            f"{there} can't be copied to {here} ({e.strerror}); make room there"
+          ) from None
 
   def _drawer(self, name: str):
     """The drawer of a model; one is in memory at a time."""
@@ -321,7 +329,14 @@ class _Bench(contextlib.ExitStack):
       self._spent()
       self._drawers.clear()
       args = self._args
-      model = loading.load(getattr(args, name), args.flux)
+      path = getattr(args, name)
+      model = loading.load(path, args.flux)
+      # Hours may lie between: rows must not be another model's.
+      if asked.model_hash(path, args.flux) != self.identity["models"][name]:
+        raise InputError(
+          f"--{name} {path} was changed since this command began; start again "
+          "with another --out"
+        )
       self._drawers[name] = drawing.Drawer(model, args.seed, args.steps)
     return self._drawers[name]
 
@@ -356,7 +371,7 @@ def _score(args):
         "end"
       )
     prompts = {
-      split: rows.read_prompts(_prompts_path(out, name, split))
+      split: _prompts(identity, _prompts_path(out, name, split), split)
       for split in identity["prompts"]
     }
     if name == best_of_n.NAME:
@@ -373,6 +388,24 @@ def _score(args):
       "`xomni eval cfg` wrote"
     )
   print(f"{', '.join(done)}: scored anew")
+
+
+def _prompts(identity, path, split):
+  """What was asked: kept beside the rows, or drawn anew from its source."""
+  count, digest = identity["prompts"][split]
+  source = identity["source" if split == cfg.TEST else split]
+  some = (
+    rows.read_prompts(path)
+    if path.exists()
+    else asked.open_asked(source, count)
+  )
+  if asked.prompts_hash(some) != digest:
+    raise InputError(
+      f"{path if path.exists() else source} has other prompts than the rows "
+      f"are of (hash {asked.prompts_hash(some)}, expected {digest}); bring "
+      f"back the {path.name} that was written with them"
+    )
+  return some
 
 
 def _report(args):

@@ -120,7 +120,8 @@ class Drawer:
 
   def _keys(self, numbers, samples, use):
     with jax.set_mesh(self._model.mesh):  # keys belong to a mesh as well
-      return _keys(self._seed, jnp.asarray(numbers), use, samples)
+      # np.uint32: a seed of 2^31 and more is no int32.
+      return _keys(np.uint32(self._seed), jnp.asarray(numbers), use, samples)
 
 
 @functools.partial(jax.jit, static_argnames=("samples",))

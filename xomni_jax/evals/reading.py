@@ -9,6 +9,7 @@ import functools
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -41,22 +42,25 @@ class Readers:
 
     Raises:
       InputError: the reward's engine is not installed.
+      RunError: a process has died.
     """
     self._pool = concurrent.futures.ProcessPoolExecutor(
       workers, multiprocessing.get_context("spawn"), _end_with_parent
     )
     self.engines: Mapping[str, str] = {}
     try:
-      self.engines = self._pool.submit(_revisions).result()
+      with _alive():
+        self.engines = self._pool.submit(_revisions).result()
     except BaseException:
       self.close()
       raise
     self.seconds = dict.fromkeys(self.engines, 0.0)
 
   def ask(self, items: Sequence[Item]) -> list[concurrent.futures.Future]:
-    """Starts reading; `hear` has the result."""
+    """Starts reading; `hear` has the result, and raises the same errors."""
     chunks = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
-    return [self._pool.submit(_read, (*self.engines,), c) for c in chunks]
+    with _alive():
+      return [self._pool.submit(_read, (*self.engines,), c) for c in chunks]
 
   def hear(self, asked: list[concurrent.futures.Future]) -> list[Readings]:
     """The readings of all items, in their order.
@@ -66,13 +70,8 @@ class Readers:
     """
     found = []
     for future in asked:
-      try:
+      with _alive():
         readings, seconds = future.result()
-      except BrokenProcessPool:
-        raise RunError(
-          "a process that reads images was killed; make room in memory, or ask "
-          "for fewer --readers, and start again: it goes on where it was"
-        ) from None
       found += readings
       for name, spent in seconds.items():
         self.seconds[name] += spent
@@ -83,8 +82,21 @@ class Readers:
     self._pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _alive():
+  """RunError where a process has died; then nothing more can be asked."""
+  try:
+    yield
+  except BrokenProcessPool:
+    raise RunError(
+      "a process that reads images was killed; make room in memory, or ask "
+      "for fewer --readers, and start again: it goes on where it was"
+    ) from None
+
+
 def _end_with_parent():
   """A process whose parent was killed would wait for work for ever."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the parent to act on
   parent = multiprocessing.parent_process()
 
   def watch():

@@ -19,8 +19,10 @@ from xomni_jax.evals.reading import Readings
 from xomni_jax.rewards import text_scores
 from xomni_jax.rewards.journal import Journal, read_journal
 
-# Of the first line, what may be another when a command goes on.
+# Of the first line, what may be another when a command goes on, and besides
+# where its rows are reused: an image has a key of its own.
 _FREE = ("folders",)
+_REUSED = (*_FREE, "models", "n", "samples", "batch")
 METRICS = ("exact", "characters", "reward")
 
 
@@ -47,13 +49,21 @@ class Rows:
     Args:
       identity: what is measured, as JSON has it.
     Raises:
-      InputError: the file has rows of something else, or can't be written.
+      InputError: the file has rows of something else, or can't be opened.
+      RunError: it can't be written.
     """
-    identity = json.loads(json.dumps(identity))
-    self._journal = Journal(path)
+    self._journal = Journal(path, alone=True)
+    try:
+      self._open(json.loads(json.dumps(identity)))
+    except BaseException:
+      self.close()
+      raise
+
+  def _open(self, identity):
+    path = self._journal.path
     there, self.found = read_rows(path)
     if not there:
-      self._journal.add([identity])
+      self._write([identity])
       return
     names = sorted((there.keys() | identity.keys()) - set(_FREE))
     differ = [k for k in names if there.get(k) != identity.get(k)]
@@ -73,14 +83,17 @@ class Rows:
       RunError: the file can't be written any more.
     """
     rows = [(key, read) for key, read in rows if key not in self.found]
+    self._write(key._asdict() | {"ocr": read} for key, read in rows)
+    self.found |= rows
+
+  def _write(self, lines):
     try:
-      self._journal.add(key._asdict() | {"ocr": read} for key, read in rows)
+      self._journal.add(lines)
     except OSError as e:
       raise RunError(
         f"{self._journal.path} can't be written ({e.strerror}); make room "
         "there and start again: it goes on where it was"
       ) from None
-    self.found |= rows
 
   def close(self) -> None:
     """Nothing can be added any more."""
@@ -122,7 +135,7 @@ class Reusable(NamedTuple):
 
 
 def reusable(path: pathlib.Path, identity: Mapping[str, Any]) -> Reusable:
-  """Rows of a measurement that differs in models only.
+  """Rows of a measurement that differs in models and numbers of images only.
 
   Args:
     identity: of the measurement that they are for.
@@ -131,13 +144,14 @@ def reusable(path: pathlib.Path, identity: Mapping[str, Any]) -> Reusable:
   """
   there, found = read_rows(path)
   identity = json.loads(json.dumps(identity))
-  names = (there.keys() | identity.keys()) - {*_FREE, "models"}
+  names = (there.keys() | identity.keys()) - {*_REUSED}
   for key in sorted(names):
     a, b = there.get(key), identity.get(key)
     if a != b:
       raise InputError(
         f"--reuse: in {path} {key} is {json.dumps(a)}, here it is "
-        f"{json.dumps(b)}; expected the same of all but the models"
+        f"{json.dumps(b)}; expected the same of all but "
+        f"{', '.join(_REUSED[len(_FREE) :])}"
       )
   ours = identity["models"]
   theirs = there.get("models", {})

@@ -32,10 +32,10 @@ class Shipped(NamedTuple):
 def find(name: str | pathlib.Path) -> Shipped | None:
   """The model of a name in NAMES; None: it is a folder's or a hub id.
 
-  A folder of your own that is called so is `./tiny`.
+  A folder of your own that is called so is `./tiny`, or any Path.
   """
-  if str(name) not in NAMES:
+  if not isinstance(name, str) or name not in NAMES:
     return None
   model = ROOT / MODEL
-  own = model if str(name) == DEFAULT else ROOT / SFT
+  own = model if name == DEFAULT else ROOT / SFT
   return Shipped(model, own, ROOT / FLUX1)

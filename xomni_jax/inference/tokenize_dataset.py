@@ -169,10 +169,13 @@ def run(
     for start, range_ in numbers.items():
       made, bad = _records(job, model, source, range_, batch, bar, watch)
       _write(paths[start], model, made, bad)
-  if watch.bad > max_bad_rate * watch.total:
-    # Fewer records than the watch needs for its rate.
+  # Of all shards, those of an earlier try too: the watch above counts this one
+  # only, and says nothing of few records.
+  bad = sum(map(_bad, paths.values()))
+  records_ = sum(min(job.shard_size, end - start) for start in paths)
+  if bad > max_bad_rate * records_:
     raise InputError(
-      f"{watch.bad} of {watch.total} records are bad, expected at most "
+      f"{bad} of {records_} records are bad, expected at most "
       f"{max_bad_rate:.2%}; see {out}/*.bad.txt, or raise --max-bad-rate"
     )
   return [path for path in paths.values() if path.exists()]
@@ -222,10 +225,20 @@ def _claim(out, job, count):
     raise InputError(f"{out} can't be written ({e.strerror})") from None
 
 
+def _bad(shard):
+  """How many records were left out of a shard."""
+  path = _bad_path(shard)
+  return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def _bad_path(shard):
+  return shard.with_name(f"{shard.name}.bad.txt")
+
+
 def _write(path, model, made, bad):
   """Writes a shard, and before it the list of what is not in it."""
   if bad:
-    path.with_name(f"{path.name}.bad.txt").write_text("\n".join(bad) + "\n")
+    _bad_path(path).write_text("\n".join(bad) + "\n")
   if made:
     lengths = [sequences.lengths(r, model.tokenizer) for r in made]
     records.write_records(path, made, lengths)

@@ -27,6 +27,26 @@ def claim(runs: pathlib.Path, wanted: Wanted):
   Raises:
     InputError: it holds what something else made, or a process still writes.
   """
+  make_folder(runs)
+  try:
+    log = (runs / _LOG).open("ab")
+  except OSError as e:
+    raise InputError(
+      f"{runs} can't be written to ({e.strerror}); name another --out"
+    ) from None
+  with log:
+    # Jobs inherit it: a recipe killed alone leaves its stage running.
+    if not _lock(log):
+      raise InputError(
+        f"{runs} is being written to by another recipe, or by a stage that one "
+        "left running; wait for it or stop it"
+      )
+    _check_asked(runs, wanted)
+    yield log
+
+
+def _check_asked(runs, wanted):
+  """Keeps what is wanted, or compares it with what was."""
   ours = json.loads(json.dumps(wanted._asdict(), default=str))
   path = runs / _ASKED
   there = _asked(path) if path.exists() else None
@@ -40,19 +60,10 @@ def claim(runs: pathlib.Path, wanted: Wanted):
       f"{runs} holds the recipe of {json.dumps(there)}, not of "
       f"{json.dumps(ours)}; name another --out"
     )
-  make_folder(runs)
-  with (runs / _LOG).open("ab") as log:
-    # Jobs inherit it: a recipe killed alone leaves its stage running.
-    if not _lock(log):
-      raise InputError(
-        f"{runs} is being written to by another recipe, or by a stage that one "
-        "left running; wait for it or stop it"
-      )
-    if there is None:
-      temporary = path.with_suffix(".tmp")
-      temporary.write_text(json.dumps(ours) + "\n")
-      temporary.replace(path)
-    yield log
+  if there is None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(ours) + "\n")
+    temporary.replace(path)
 
 
 def _asked(path):
@@ -73,10 +84,12 @@ def _lock(file: IO[bytes]) -> bool:
   while True:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
       if time.monotonic() > end:
         return False
       time.sleep(_POLL)
+    except OSError:  # a file system without locks
+      return True
     else:
       return True
 

@@ -1,6 +1,7 @@
 """Lines of JSON that outlive a kill: one value a line, appended whole."""
 
 import contextlib
+import fcntl
 import gzip
 import json
 import os
@@ -14,24 +15,61 @@ from xomni_jax.errors import InputError
 class Journal:
   """A file that lines are appended to, by one process at a time."""
 
-  def __init__(self, path: str | os.PathLike):
+  def __init__(self, path: str | os.PathLike, *, alone: bool = False):
     """Opens or makes the file; what a kill left of a last line is cut off.
 
+    Args:
+      alone: while it is open so, nobody else can open it so.
     Raises:
-      InputError: the file can't be opened, or is no journal.
+      InputError: the file can't be opened, is no journal, or is another's.
     """
     self.path, self._said = Path(path), False
     try:
       self.path.parent.mkdir(parents=True, exist_ok=True)
-      _cut_torn_line(self.path)
       self._file = os.open(
-        self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644
+        self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644
       )
+      try:
+        if alone:
+          self._lock()
+        self._mend()
+      except BaseException:
+        self.close()
+        raise
     except OSError as e:
       raise InputError(
         f"{self.path} can't be opened ({e.strerror}), expected a file that "
         "can be written"
       ) from None
+
+  def _lock(self):
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise InputError(
+        f"{self.path} is being written to by another process; wait for it, or "
+        "stop it"
+      ) from None
+    except OSError:  # a file system without locks
+      pass
+
+  def _mend(self):
+    """Cuts off a torn last line, and ends one that only lacks its end."""
+    with open(self._file, "rb", closefd=False) as file:
+      data = file.read()
+    whole = data.rfind(b"\n") + 1
+    # What begins with no value is no journal, and nothing of it is cut.
+    if whole:
+      _value(self.path, 1, data[: data.find(b"\n")])
+    elif data and data[:1] not in (b"{", b"["):
+      _value(self.path, 1, data)
+    if whole < len(data):
+      try:
+        json.loads(data[whole:])
+      except ValueError:
+        os.ftruncate(self._file, whole)
+      else:
+        os.write(self._file, b"\n")
 
   def add(self, values) -> None:
     """Appends values, each a line, in one write; all of them or, where that
@@ -86,21 +124,14 @@ def read_journal(path: str | os.PathLike) -> list:
       f"{path} can't be read ({reason}), expected lines of JSON"
     ) from None
   lines = data[: data.rfind(b"\n") + 1].splitlines()
-  values = []
-  for number, line in enumerate(lines, 1):
-    try:
-      values.append(json.loads(line))
-    except (ValueError, RecursionError):
-      raise InputError(
-        f"{path}, line {number} is no JSON ({line[:40]!r}), expected a file "
-        "that only a run has written to; restore it or move it away"
-      ) from None
-  return values
+  return [_value(path, number, line) for number, line in enumerate(lines, 1)]
 
 
-def _cut_torn_line(path):
-  if not path.exists():
-    return
-  with path.open("rb+") as file:
-    data = file.read()
-    file.truncate(data.rfind(b"\n") + 1)
+def _value(path, number, line):
+  try:
+    return json.loads(line)
+  except (ValueError, RecursionError):
+    raise InputError(
+      f"{path}, line {number} is no JSON ({line[:40]!r}), expected a file "
+      "that only a run has written to; restore it or move it away"
+    ) from None

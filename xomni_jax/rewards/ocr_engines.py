@@ -350,8 +350,9 @@ def lines_reading(texts, confidences, boxes, height: int = 0) -> Reading:
 def reading_order(boxes: np.ndarray) -> list[list[int]]:
   """Indices of boxes f[n, 4, 2] by row, rows from the top, each from the left.
 
-  A box belongs to a row if its middle lies in the middle half of the row's
-  first box: engines give lines in no certain order, and cut some into parts.
+  A box belongs to a row if its middle is no lower than that of the row's first
+  box by more than a quarter of the taller one: engines give lines in no certain
+  order, and cut some into parts.
   """
   top, bottom = boxes[:, :, 1].min(1), boxes[:, :, 1].max(1)
   middle, left = (top + bottom) / 2, boxes[:, :, 0].min(1)

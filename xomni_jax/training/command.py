@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     exit status: 0 when the run is done, 143 when it was stopped and saved.
   Raises:
     InputError: bad arguments, config, data or checkpoints.
-    RunError: the loss is no longer finite.
+    RunError: the loss is no longer finite, or too many scores failed.
   """
   args, changes = _parse(argv)
   split_cpu(args.cpu_devices)

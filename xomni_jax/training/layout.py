@@ -90,14 +90,6 @@ class Layout:
       return None
     return axis - len(self.shapes[path]), over
 
-  def bytes_per_device(self, path: str) -> int:
-    """Of one copy of a parameter."""
-    shard = self.sharding(path).shard_shape(self.shapes[path])
-    size = self.dtype(path).itemsize
-    for n in shard:
-      size *= n
-    return size
-
 
 def _names(part) -> tuple[str, ...]:
   return () if part is None else (part,) if isinstance(part, str) else part

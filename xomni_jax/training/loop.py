@@ -60,7 +60,7 @@ def train(
     exit status: 0 when the run is done, 143 when it was stopped and saved.
   Raises:
     InputError: config, data or checkpoints do not fit.
-    RunError: the loss is no longer finite.
+    RunError: the loss is no longer finite, or too many scores failed.
   """
   workdir = pathlib.Path(workdir)
   mesh = mesh_lib.make_mesh(**mesh_lib.fill(dict(cfg.mesh), jax.device_count()))
@@ -398,10 +398,11 @@ class _Run:
         made.rename(self.workdir / made.name)
       part.rmdir()
       mark.write_text(str(self.step))
-    except OSError as e:
+    except (OSError, InputError) as e:
+      reason = getattr(e, "strerror", None) or e
       raise InputError(
-        f"{self.workdir}: the model can't be written ({e.strerror}); training "
-        "is done and saved, make room and start again"
+        f"{self.workdir}: the model can't be written ({reason}); training is "
+        "done and saved, make room and start again"
       ) from None
 
   def _whole(self, path: str, x: jax.Array) -> np.ndarray | None:

@@ -234,9 +234,11 @@ class Roller:
       texts: N prompts, as the decoder reads them.
       rollout: number that the noise's keys come from.
       grid: (h, w).
-      score: (images, rows i32) -> [n, R, 4], computed in the same program.
+      score: (images, rows i32) -> [n, R, 4 + 3K], computed in the same
+        program; K are the lines that are told apart.
     Returns:
-      the images, and what `score` says of all rows, [R, N, 4], if it is given.
+      the images, and what `score` says of all rows, [R, N, 4 + 3K], if it is
+      given.
     """
     opts, count = self.options, len(codes)
     keys = self.keys(rollout, count, PAINT)

@@ -107,7 +107,13 @@ def stage(
 
 
 def _check_phases(phases, reference):
-  """InputError where a phase trains what KL is measured from."""
+  """InputError where a phase trains what KL is measured from, or has data."""
+  for phase in phases:
+    if phase.data is not None:
+      raise InputError(
+        f"phase {phase.name!r} has data of its own, which stage grpo does not "
+        "know; put all prompts into the section 'data'"
+      )
   rows = params_lib.matched(reference.table, reference.tree)
   for phase in phases:
     for path in (f"{REFERENCE}/{row.path}" for row, _ in rows):
