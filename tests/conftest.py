@@ -22,6 +22,12 @@ import pytest
 
 from tests import helpers
 
+# Files of tests that take minutes, the longest first.
+LONG = (
+  *("test_recipe", "test_grpo_resume", "test_train_eight", "test_demo"),
+  *("test_stage_tokenizer", "test_stage_decoder", "test_grpo", "test_eval"),
+)
+
 
 def pytest_addoption(parser):
   parser.addoption(
@@ -32,8 +38,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-  # It takes longest: started last, it would be run alone.
-  items.sort(key=lambda item: item.path.name != "test_recipe.py")
+  # Started last, they would be run alone.
+  place = {name: i for i, name in enumerate(LONG)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -35,7 +35,7 @@ def server():
   scope="module",
   params=[
     pytest.param(
-      way, marks=pytest.mark.slow if way in ("both", "fused") else ()
+      way, marks=() if way in ("on_policy", "both") else pytest.mark.slow
     )
     for way in WAYS
   ],

@@ -63,7 +63,8 @@ def recipe(request, tmp_path_factory):
   vae, tokenizer = (
     out / "runs" / stage / "metrics.jsonl" for stage in ("vae", "tokenizer")
   )
-  killed = stop_at(start(out, *flags), vae, '"step": 50,', signal.SIGKILL)
+  begun = vae.with_name("parameters.txt")
+  killed = stop_at(start(out, *flags), begun, "vae/", signal.SIGKILL)
   assert killed == -signal.SIGKILL
   told = stop_at(start(out, *flags), tokenizer, '"step": 20,', signal.SIGTERM)
   assert told == 143

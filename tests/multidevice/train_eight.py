@@ -40,7 +40,6 @@ ROWS, LENGTH, STEPS = 8, 48, 2
 MUON = (r"ar/.*/kernel",)
 RUNS = {
   "one": ({}, {}),
-  "accumulate": ({}, {"accumulate": 4}),
   "fsdp": ({"fsdp": 8}, {"remat": "full"}),
   "data_fsdp": ({"data": 2, "fsdp": 4}, {"accumulate": 1}),
   "fsdp_tensor": ({"data": 2, "fsdp": 2, "tensor": 2}, {"accumulate": 2}),

@@ -28,11 +28,18 @@ FILTERS = {
   "min_p": {"min_p": 0.2},
   "all": {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
 }
+SOME = [
+  pytest.param(name, marks=() if name in ("plain", "all") else pytest.mark.slow)
+  for name in FILTERS
+]
 
 
 @pytest.mark.parametrize(
   ("name", "dtype"),
-  [*((name, "float32") for name in FILTERS), ("all", "bfloat16")],
+  [
+    *(pytest.param(*name.values, "float32", marks=name.marks) for name in SOME),
+    ("all", "bfloat16"),
+  ],
 )
 def test_training_scores_what_the_sampler_drew(name, dtype, tmp_path):
   config = settings(
@@ -88,13 +95,7 @@ def test_padding_of_prompts_changes_no_code(tmp_path):
   assert gap.max() < 1e-4
 
 
-SOME_FILTERS = [
-  pytest.param(name, marks=() if name in ("plain", "all") else pytest.mark.slow)
-  for name in FILTERS
-]
-
-
-@pytest.mark.parametrize("filters", SOME_FILTERS)
+@pytest.mark.parametrize("filters", SOME)
 def test_ratio_is_one_at_the_first_update(
   tmp_path, monkeypatch, codes_as_images, filters
 ):
@@ -204,7 +205,7 @@ def test_reward_rises_and_a_large_beta_holds_it(
   rise = {}
   for name, beta in (("free", 0.0), ("held", 100.0)):
     config = settings(
-      phases__1_all__steps=40,
+      phases__1_all__steps=20,
       optim__lr=2e-3,
       options__beta=beta,
       options__normalise=False,

@@ -25,7 +25,7 @@ def test_control_trains_for_as_long_as_reinforcement_learning(tmp_path, base):
   timed, model = tmp_path / "sft", f"{tmp_path}/sft/model"
   if base == "runs":
     base = tmp_path / "base"
-    timed, model = base / "sft", f"{base}/sft/model"
+    timed, model = tmp_path / "timing", f"{base}/sft/model"
   elif base:
     timed, model = tmp_path / "timing", base
   # The first steps of a size have compilation in them, which does not count.
@@ -67,19 +67,19 @@ def test_base_leaves_reinforcement_learning_alone(tmp_path):
   assert f"--config.init.flux={tmp_path}/decoder/flux1" in job.argv
   assert "--config.seed=2" in job.argv
   assert "--config.phases.1_all.steps=150" in job.argv
+  same, timing = jobs.in_order(wanted, with_control=True)
+  assert same == job and timing.leaves == "timing/model"
+  assert f"--config.init.model={tmp_path}/sft/model" in timing.argv
 
 
 def _base(folder):
   """What reinforcement learning needs of a recipe's runs/."""
-  _write(folder / "sft", [])
   for name in ("sft/model", "decoder/flux1", "codes"):
     (folder / name).mkdir(parents=True)
   return folder
 
 
-@pytest.mark.parametrize(
-  "lost", ["decoder/flux1", "codes", "sft/metrics.jsonl"]
-)
+@pytest.mark.parametrize("lost", ["decoder/flux1", "codes", "sft/model"])
 def test_base_that_lacks_something_is_refused(tmp_path, lost):
   base, out = _base(tmp_path / "runs"), tmp_path / "out"
   (base / lost).rename(tmp_path / "elsewhere")

@@ -372,35 +372,36 @@ def test_usage_is_averaged():
   assert max_difference(extra["usage"], 1 + 0.02 * (counts - 1)) < 1e-6
 
 
-def test_stage_runs_through_the_loop(tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """Folder of a whole run, whose weights are averaged too."""
+  folder, cfg = tmp_path_factory.mktemp("run"), config()
+  cfg = dataclasses.replace(
+    cfg, optim=dataclasses.replace(cfg.optim, ema=0.999)
+  )
+  assert loop.train(cfg, stage(), folder, settings={"stage": "tokenizer"}) == 0
+  return folder
+
+
+def test_stage_runs_through_the_loop(trained):
   """k-means, revival, held-out rows, pictures, and an exported model."""
-  cfg = config()
-  settings = {"stage": "tokenizer"}
-  assert loop.train(cfg, stage(), tmp_path / "run", settings=settings) == 0
-  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  lines = (trained / "metrics.jsonl").read_text().splitlines()
   seen = {k: v for line in lines for k, v in json.loads(line).items()}
   for name in (
     *("tokenizer/loss", "tokenizer/answer_accuracy", "vq/codes_used"),
     *("vq/perplexity", "held_out/answer_accuracy"),
   ):
     assert np.isfinite(seen[name]), name
-  assert list((tmp_path / "run").rglob("*.png"))
-  folder = tmp_path / "run" / "model"
+  assert list(trained.rglob("*.png"))
+  folder = trained / "model"
   exported = checkpoint.open_checkpoint(folder)
   assert exported.config.vq == sizes().vq
   read = qwen.open_qwen(folder / "lm")
   assert dataclasses.replace(read.config) == LM
 
 
-def test_average_of_a_codebook_that_is_set_anew_begins_anew(tmp_path):
+def test_average_of_a_codebook_that_is_set_anew_begins_anew(trained):
   """k-means at step 2: what the codes were before is in no average."""
-  cfg = config()
-  cfg = dataclasses.replace(
-    cfg, optim=dataclasses.replace(cfg.optim, ema=0.999)
-  )
-  assert (
-    loop.train(cfg, stage(), tmp_path, settings={"stage": "tokenizer"}) == 0
-  )
-  made = train_runs.state(tmp_path, cfg.steps)
+  made = train_runs.state(trained, config().steps)
   codes, average = made["params/vq/codebook"], made["ema/vq/codebook"]
   assert 0 < np.abs(average - codes).max() < 0.05

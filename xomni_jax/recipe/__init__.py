@@ -108,7 +108,7 @@ def _check_base(base, runs):
     raise InputError(
       f"--base {base} is what this recipe writes to; name another --out"
     )
-  for left in ("codes", "sft/metrics.jsonl", *STARTS["grpo"].values()):
+  for left in ("codes", *STARTS["grpo"].values()):
     if not (base / left).exists():
       raise InputError(
         f"--base {base} has no {left}, expected the runs/ of a recipe that is "

@@ -116,7 +116,9 @@ def in_order(wanted: Wanted, with_control: bool = False) -> list[Job]:
   if wanted.base:
     found = [_stage(stage, wanted) for stage in _RL]
     if with_control and wanted.base == SHIPPED:
-      found += [*_codes(wanted, SHIPPED), _timing(wanted)]
+      found += _codes(wanted, SHIPPED)
+    if with_control:
+      found.append(_timing(wanted))
     return found
   found = []
   for stage in STARTS:
@@ -149,9 +151,11 @@ def _codes_of(level, split, count, model):
 
 
 def _timing(wanted: Wanted) -> Job:
-  """A little fine-tuning, where nobody knows how long its steps take."""
+  """A little fine-tuning: how long a step takes here is not known of a base
+  that was made elsewhere."""
   job = _stage("sft", wanted._replace(quick=False))
-  return _tuning(job, "timing", SHIPPED, _TIMED)
+  model = left_by(wanted, pathlib.Path("runs"), "sft/model")
+  return _tuning(job, "timing", model, _TIMED)
 
 
 def control(wanted: Wanted, runs: pathlib.Path) -> Job:
@@ -164,9 +168,7 @@ def control(wanted: Wanted, runs: pathlib.Path) -> Job:
     wanted: the recipe; both start from the same model.
     runs: folder of its runs.
   """
-  timed = runs / "timing"
-  if wanted.base != SHIPPED:
-    timed = pathlib.Path(wanted.base or runs) / "sft"
+  timed = runs / ("timing" if wanted.base else "sft")
   learned, each = _seconds(runs / "grpo"), _seconds(timed)
   steps = max(1, round(len(learned) * _usual(learned) / _usual(each)))
   job = _stage("sft", Wanted(seed=wanted.seed + _CONTROL_SEED))
