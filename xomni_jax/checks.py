@@ -1,7 +1,9 @@
-"""Checks of what people ask for, that more than one room needs."""
+"""Checks of what people ask for, and files that are whole or not there."""
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from xomni_jax.errors import InputError
@@ -32,3 +34,24 @@ def make_folder(path: str | os.PathLike) -> pathlib.Path:
       f"{path}: the folder can't be made ({e.strerror}); name another one"
     ) from None
   return path
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A name beside `path` to write to, which replaces it if nothing fails.
+
+  Raises:
+    InputError: it can't be written; `path` is as it was.
+  """
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    yield temporary
+    temporary.replace(path)
+  except OSError as e:
+    raise InputError(
+      f"{path} can't be written ({e.strerror or e}); make room there, or name "
+      "another place"
+    ) from None
+  finally:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)

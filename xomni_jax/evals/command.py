@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from xomni_jax.checks import make_folder
+from xomni_jax.checks import make_folder, replacing
 from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.evals import (
   answers,
@@ -314,14 +314,8 @@ class _Bench(contextlib.ExitStack):
       )
       if there.exists() and not here.exists():
         make_folder(here.parent)
-        part = here.with_suffix(".tmp")
-        try:
+        with replacing(here) as part:
           shutil.copyfile(there, part)
-          part.replace(here)  # whole or not at all
-        except OSError as e:
-          raise InputError(
-            f"{there} can't be copied to {here} ({e.strerror}); make room there"
-          ) from None
 
   def _drawer(self, name: str):
     """The drawer of a model; one is in memory at a time."""
@@ -454,12 +448,8 @@ def _write_json(path, figures):
   # An estimate is a line: mean, low, high, prompts.
   short = re.compile(r"\[\s+([^\[\]{}\"]*?)\s+\]")
   text = short.sub(lambda m: f"[{' '.join(m[1].split())}]", text)
-  temporary = path.with_suffix(".tmp")
-  try:
+  with replacing(path) as temporary:
     temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
-  except OSError as e:
-    raise InputError(f"{path} can't be written ({e.strerror})") from None
 
 
 def _read_json(path):

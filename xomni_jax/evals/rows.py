@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xomni_jax.checks import replacing
 from xomni_jax.errors import InputError, RunError
 from xomni_jax.evals import asked as asked_lib
 from xomni_jax.evals.asked import Asked
@@ -162,12 +163,8 @@ def reusable(path: pathlib.Path, identity: Mapping[str, Any]) -> Reusable:
 def write_prompts(path: pathlib.Path, asked: Sequence[Asked]) -> None:
   """Keeps what was asked beside the rows, so that they can be scored alone."""
   lines = [json.dumps(asked_lib.as_json(a)) + "\n" for a in asked]
-  temporary = path.with_suffix(".tmp")
-  try:
+  with replacing(path) as temporary:
     temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
-  except OSError as e:
-    raise InputError(f"{path} can't be written ({e.strerror})") from None
 
 
 def read_prompts(path: pathlib.Path) -> list[Asked]:

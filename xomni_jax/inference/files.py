@@ -1,6 +1,5 @@
 """Files that people give and get: prompts, codes as JSON, images."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from xomni_jax.checks import replacing
 from xomni_jax.errors import InputError
 
 # Pillow knows more, of which it can't write some, or not in colour.
@@ -142,7 +142,7 @@ def checked_path(path: str | os.PathLike, kind: str) -> pathlib.Path:
 
 def write_image(path: pathlib.Path, image: Image.Image) -> None:
   """Writes an image, whole or not at all."""
-  with _replacing(path) as temporary:
+  with replacing(path) as temporary:
     image.save(temporary, Image.registered_extensions()[path.suffix.lower()])
 
 
@@ -154,7 +154,7 @@ def codes_json(codes: np.ndarray) -> dict[str, Any]:
 
 def write_codes(path: pathlib.Path, codes: np.ndarray) -> None:
   """Writes `codes_json`, whole or not at all."""
-  with _replacing(path) as temporary:
+  with replacing(path) as temporary:
     temporary.write_text(json.dumps(codes_json(codes)) + "\n")
 
 
@@ -182,16 +182,3 @@ def read_codes(path: str | os.PathLike) -> np.ndarray:
   if max(map(abs, codes)) >= 2**31:
     raise InputError(f"{path}: a code of {max(codes, key=abs)} is no index")
   return np.array(codes, np.int32).reshape(h, w)
-
-
-@contextlib.contextmanager
-def _replacing(path):
-  """A temporary name beside `path` that replaces it if nothing fails."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    yield temporary
-    temporary.replace(path)
-  except OSError as e:
-    raise InputError(f"{path}: can't be written ({e.strerror or e})") from None
-  finally:
-    temporary.unlink(missing_ok=True)

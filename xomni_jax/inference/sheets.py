@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from xomni_jax.errors import InputError
+from xomni_jax.checks import make_folder, replacing
 
 _WIDTH = 240  # px at least, so that a caption has room; small images grow
 _GAP, _FONT, _LINE, _LINES = 8, 13, 17, 10
@@ -61,16 +61,9 @@ def save(path: pathlib.Path, image: Image.Image) -> None:
   Raises:
     InputError: the disk takes no more.
   """
-  temporary = path.with_suffix(".tmp")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
+  make_folder(path.parent)
+  with replacing(path) as temporary:
     image.save(temporary, "PNG")
-    temporary.replace(path)
-  except OSError as e:
-    temporary.unlink(missing_ok=True)
-    raise InputError(
-      f"picture {path} cannot be written: {e.strerror or e}; make room there"
-    ) from None
 
 
 def _enlarged(image):

@@ -11,7 +11,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
+from xomni_jax.checks import make_folder, replacing
 from xomni_jax.config import TransformConfig
 from xomni_jax.data import fields, images, records, sequences, text_ops
 from xomni_jax.data.pipeline import BadRecords
@@ -216,13 +216,9 @@ def _claim(out, job, count):
         f"{out} holds shards of another job ({changes}); use a new --out"
       )
     return
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  make_folder(out)
+  with replacing(path) as temporary:
     temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    temporary.replace(path)
-  except OSError as e:
-    raise InputError(f"{out} can't be written ({e.strerror})") from None
 
 
 def _bad(shard):

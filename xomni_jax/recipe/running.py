@@ -10,7 +10,7 @@ import sys
 import time
 from typing import IO
 
-from xomni_jax.checks import make_folder
+from xomni_jax.checks import make_folder, replacing
 from xomni_jax.errors import InputError, RunError
 from xomni_jax.recipe import jobs
 from xomni_jax.recipe.jobs import Job, Wanted
@@ -61,9 +61,8 @@ def _check_asked(runs, wanted):
       f"{json.dumps(ours)}; name another --out"
     )
   if there is None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(ours) + "\n")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+      temporary.write_text(json.dumps(ours) + "\n")
 
 
 def _asked(path):
