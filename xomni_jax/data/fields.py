@@ -14,6 +14,7 @@ from xomni_jax.data.boundary import codes_grid, encodable, unreadable
 from xomni_jax.errors import InputError
 
 Record = dict[str, Any]
+_WORLD = "world:"
 
 FIELDS = (
   "key",
@@ -26,6 +27,14 @@ FIELDS = (
   "width",
   "height",
 )
+
+
+def world_of(path: str) -> tuple[str, str] | None:
+  """(level, split) of "world:LEVEL[:SPLIT]", the drawn world; None: another."""
+  if not path.startswith(_WORLD):
+    return None
+  level, _, split = path.removeprefix(_WORLD).partition(":")
+  return level, split or "train"
 
 
 def as_record(raw: Mapping[str, Any], key: str) -> Record:

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xomni_jax.data import plan, world
+from xomni_jax.data.fields import world_of
 from xomni_jax.errors import InputError
 from xomni_jax.train_config import DataConfig, SourceConfig
-
-_WORLD = "world:"
 
 
 class Prompt(NamedTuple):
@@ -45,9 +44,8 @@ def open_prompts(path: str) -> Sequence[Prompt]:
   Raises:
     InputError: no such file, or lines that are no prompts; the first ten.
   """
-  if path.startswith(_WORLD):
-    level, _, split = path.removeprefix(_WORLD).partition(":")
-    return _WorldPrompts(level, split or "train")
+  if drawn := world_of(path):
+    return _WorldPrompts(*drawn)
   file = pathlib.Path(path)
   if not file.is_file():
     raise InputError(

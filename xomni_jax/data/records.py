@@ -24,7 +24,13 @@ import re
 import numpy as np
 
 from xomni_jax.data import shards, tables
-from xomni_jax.data.fields import Record, image_of, need, size_of
+from xomni_jax.data.fields import (
+  Record,
+  image_of,
+  need,
+  size_of,
+  world_of,
+)
 from xomni_jax.data.shards import write_records
 from xomni_jax.errors import InputError
 from xomni_jax.train_config import SourceConfig
@@ -39,7 +45,6 @@ __all__ = [
   "write_records",
 ]
 
-_WORLD = "world:"
 _EXPECTED = (
   f"a file, folder or glob of *{shards.SUFFIX}, *.parquet, *.jsonl or images, "
   "or world:LEVEL[:SPLIT]"
@@ -55,11 +60,10 @@ def open_source(cfg: SourceConfig):
   Raises:
     InputError: there is no such thing, or it can't be read.
   """
-  if cfg.path.startswith(_WORLD):
+  if drawn := world_of(cfg.path):
     from xomni_jax.data import world
 
-    level, _, split = cfg.path.removeprefix(_WORLD).partition(":")
-    return world.open_world(level, split or "train")
+    return world.open_world(*drawn)
   folder, paths = _files(cfg.path)
   kinds = (
     # Also `x.array_record-00000-of-00010`, but not the table beside it.

@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from xomni_jax.data import world
-from xomni_jax.data.fields import Record
+from xomni_jax.data.fields import Record, world_of
 from xomni_jax.data.prompts import open_prompts
 from xomni_jax.errors import InputError
 from xomni_jax.inference import shipped
 from xomni_jax.inference.fingerprint import fingerprint
 from xomni_jax.rewards import text_scores
-
-_WORLD = "world:"
 
 
 class Asked(NamedTuple):
@@ -82,14 +80,12 @@ def true_images(source: str, indices: Sequence[int]) -> list[Image.Image]:
 
 def has_images(source: str) -> bool:
   """Whether `true_images` knows the source."""
-  return source.startswith(_WORLD)
+  return world_of(source) is not None
 
 
 def _world(source):
-  if not has_images(source):
-    return None
-  level, _, split = source.removeprefix(_WORLD).partition(":")
-  return world.open_world(level, split or "train")
+  drawn = world_of(source)
+  return drawn and world.open_world(*drawn)
 
 
 def as_json(asked: Asked) -> dict[str, Any]:
