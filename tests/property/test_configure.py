@@ -166,6 +166,7 @@ def test_bad_settings_are_refused_on_one_line(path, value, says):
   [
     ("vae", "align=0", "align is 0, expected above 0"),
     ("vae", "crops=(64, 0)", r"crops is \(64, 0\), expected sides in px"),
+    ("vae", "crops=()", r"crops is \(\), expected sides in px"),
     ("vae", "kl=-1", "kl: expected from 0"),
     ("decoder", "text_len=0", "text_len is 0, expected above 0"),
     ("decoder", "preview_steps=0", "preview_steps is 0, expected above 0"),
