@@ -299,3 +299,20 @@ def test_table_works_on_device_arrays_and_bfloat16():
   state = dict(params.to_torch(ROWS, tree))
   assert {array.dtype for array in state.values()} == {jnp.dtype(jnp.bfloat16)}
   assert_trees_equal(params_from_torch(ROWS, tree, state), tree)
+
+
+def test_abstract_tree_is_traced_once_and_may_be_changed():
+  traced = []
+
+  @params.abstract_tree
+  def abstract(cfg):
+    """Of a config."""
+    traced.append(cfg)
+    return {"layer": {"kernel": jnp.zeros((cfg, 2), jnp.bfloat16)}}
+
+  first = abstract(3)
+  assert first["layer"]["kernel"] == jax.ShapeDtypeStruct((3, 2), jnp.bfloat16)
+  first["layer"].clear()
+  assert abstract(3)["layer"]["kernel"].shape == (3, 2)
+  assert abstract(4)["layer"]["kernel"].shape == (4, 2)
+  assert traced == [3, 4] and abstract.__doc__ == "Of a config."
