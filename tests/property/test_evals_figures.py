@@ -8,7 +8,7 @@ from PIL import Image
 
 from xomni_jax.errors import InputError
 from xomni_jax.evals import best_of_n, cfg, command, report
-from xomni_jax.evals.asked import Asked
+from xomni_jax.evals.asked import Asked, prompts_hash
 from xomni_jax.evals.rows import Key, Rows, write_prompts
 from xomni_jax.rewards import text_scores
 
@@ -223,10 +223,11 @@ SAMPLES = 3
 def _cfg_identity():
   identity = _identity(measures=cfg.NAME, validation="world:signs:validation")
   del identity["n"]
+  asked = [COUNT, prompts_hash(_asked())]
   identity |= {
     "models": {"sft": "a", "rl": "b"},
     "samples": SAMPLES,
-    "prompts": {"validation": [COUNT, "v"], "test": [COUNT, "t"]},
+    "prompts": {"validation": asked, "test": asked},
   }
   return identity
 
