@@ -24,7 +24,15 @@ import xomni_jax
 from tests.helpers import GOLDEN
 from xomni_jax import cli
 from xomni_jax.errors import RunError
-from xomni_jax.evals import answers, asked, command, drawing, reading, rows
+from xomni_jax.evals import (
+  answers,
+  asked,
+  command,
+  drawing,
+  reading,
+  rows,
+  workbench,
+)
 from xomni_jax.inference.sampling import Sampling
 from xomni_jax.rewards.wire import Item
 
@@ -158,9 +166,9 @@ def test_rows_and_sheets_of_the_same_model_are_reused(
 ):
   """Another RL model, here SFT's: nothing of SFT is drawn again."""
   drawn = []
-  real = command._Bench._drawer
+  real = workbench.Workbench._drawer
   spy = lambda self, name: drawn.append(name) or real(self, name)
-  monkeypatch.setattr(command._Bench, "_drawer", spy)
+  monkeypatch.setattr(workbench.Workbench, "_drawer", spy)
   models = folders | {"rl": folders["sft"]}
   out = tmp_path / "seed1"
   more = ["--n", "1,2", "--reuse", str(request.getfixturevalue(kept))]
@@ -349,7 +357,7 @@ def test_model_that_is_changed_while_it_is_measured_is_refused(
 ):
   rl = tmp_path / "rl"
   shutil.copytree(folders["rl"], rl)
-  real = command._Bench._drawer
+  real = workbench.Workbench._drawer
 
   def changed(self, name):
     if name == "rl":
@@ -357,7 +365,7 @@ def test_model_that_is_changed_while_it_is_measured_is_refused(
       config.write_text('{"changed": true}')
     return real(self, name)
 
-  monkeypatch.setattr(command._Bench, "_drawer", changed)
+  monkeypatch.setattr(workbench.Workbench, "_drawer", changed)
   argv = _argv("best-of-n", folders | {"rl": str(rl)}, tmp_path / "out")
   assert cli.main([*argv, "--n", "1"]) == 2
   err = capsys.readouterr().err.splitlines()[-1]

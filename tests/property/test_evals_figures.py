@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from xomni_jax.errors import InputError
-from xomni_jax.evals import best_of_n, cfg, command, report
+from xomni_jax.evals import best_of_n, cfg, command, files, report
 from xomni_jax.evals.asked import Asked, prompts_hash
 from xomni_jax.evals.rows import Key, Rows, write_prompts
 from xomni_jax.rewards import text_scores
@@ -151,7 +151,7 @@ def test_report_has_every_seed_their_mean_and_the_largest_n(tmp_path, figures):
   second = best_of_n.summary(other, _best_of_n_rows(other, rates, 1), _asked())
   for name, made in (("seed0", figures), ("seed1", second)):
     (tmp_path / name).mkdir()
-    command._write_json(tmp_path / name / "best-of-n.json", made)
+    files.write_json(tmp_path / name / "best-of-n.json", made)
   folders = [str(tmp_path / name) for name in ("seed0", "seed1")]
   command.main(["report", *folders, "--out", str(tmp_path / "out")])
   text = (tmp_path / "out" / "report.md").read_text()
@@ -201,7 +201,7 @@ def test_report_leaves_no_seed_out(tmp_path, figures):
   for name in ("a/seed0", "b/seed0", "seed1"):
     (tmp_path / name).mkdir(parents=True)
     if name != "seed1":
-      command._write_json(tmp_path / name / "best-of-n.json", figures)
+      files.write_json(tmp_path / name / "best-of-n.json", figures)
   out = ["--out", str(tmp_path / "out")]
   folders = lambda *names: [str(tmp_path / name) for name in names]
   with pytest.raises(InputError, match="a name of its own"):

@@ -8,33 +8,24 @@ about images of the drawn world.
 """
 
 import argparse
-import contextlib
-import json
 import os
 import pathlib
-import re
-import shutil
-import sys
-from collections.abc import Mapping
-from typing import Any
 
-from xomni_jax.checks import make_folder, replacing
+from xomni_jax.checks import make_folder
 from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.evals import (
   answers,
   asked,
   best_of_n,
   cfg,
-  drawing,
+  files,
   measure,
-  reading,
   report,
   rows,
+  workbench,
 )
 from xomni_jax.inference import loading
 from xomni_jax.inference.fingerprint import fingerprint
-
-_MODELS = (best_of_n.SFT, best_of_n.RL, best_of_n.CONTROL)
 
 
 def main(argv: list[str]) -> int:
@@ -146,7 +137,7 @@ def _numbers(text):
 
 def _best_of_n(args):
   best_of_n.check_numbers(args.n)
-  with _Bench(args, best_of_n.NAME) as bench:
+  with workbench.Workbench(args, best_of_n.NAME) as bench:
     prompts = bench.ask("test", args.source, args.count)
     bench.open({"n": args.n})
     bench.measure(best_of_n.settings(bench.identity), prompts)
@@ -154,7 +145,7 @@ def _best_of_n(args):
 
 
 def _cfg(args):
-  with _Bench(args, cfg.NAME) as bench:
+  with workbench.Workbench(args, cfg.NAME) as bench:
     validation = args.validation or _validation_of(args.source)
     first = bench.ask(cfg.VALIDATION, validation, args.validation_count)
     second = bench.ask(cfg.TEST, args.source, args.count)
@@ -209,153 +200,14 @@ def _answers(args):
     print(f"{name}: {mean:.3f} exact ({low:.3f} to {high:.3f})")
   if out:
     path = out / f"{answers.NAME}.json"
-    _write_json(path, figures)
+    files.write_json(path, figures)
     print(path)
-
-
-class _Bench(contextlib.ExitStack):
-  """What a measurement needs; models are loaded when they are needed.
-
-  Attributes:
-    identity: what is measured.
-    rows: the file of rows.
-  """
-
-  def __init__(self, args, name):
-    super().__init__()
-    for flag in ("samples", "steps", "batch", "readers"):
-      if getattr(args, flag) < 1:
-        raise InputError(
-          f"--{flag} is {getattr(args, flag)}, expected 1 or more"
-        )
-    if not 0 <= args.seed < 2**32:
-      raise InputError(f"--seed is {args.seed}, expected 0 to 2^32 - 1")
-    self._args, self._name = args, name
-    self._out = pathlib.Path(args.out)
-    self._prompts: dict[str, list[asked.Asked]] = {}
-    self._drawers: dict[str, Any] = {}
-    self._seconds: dict[str, float] = {}
-    self._images = 0
-    self._there: rows.Reusable | None = None
-
-  def ask(self, split: str, source: str, count: int) -> list[asked.Asked]:
-    """Prompts, which become part of the identity."""
-    self._prompts[split] = asked.open_asked(source, count)
-    return self._prompts[split]
-
-  def open(self, more: Mapping[str, Any]) -> None:
-    """Opens the rows, for what the arguments name."""
-    args = self._args
-    models = {m: getattr(args, m, None) for m in _MODELS}
-    models = {m: path for m, path in models.items() if path}
-    hashes = {m: asked.model_hash(p, args.flux) for m, p in models.items()}
-    self._readers = reading.Readers(args.readers)
-    self.callback(self._readers.close)
-    self.identity = {
-      "measures": self._name,
-      "folders": {**models, "flux": args.flux},
-      "models": hashes,
-      "source": args.source,
-      "prompts": {
-        split: [len(some), asked.prompts_hash(some)]
-        for split, some in self._prompts.items()
-      },
-      "seed": args.seed,
-      "steps": args.steps,
-      "samples": args.samples,
-      "batch": args.batch,
-      "engines": self._readers.engines,
-      **more,
-    }
-    path = _rows_path(self._out, self._name)
-    packed = _kept_rows(self._out, self._name)
-    if packed != path and packed.exists():
-      raise InputError(
-        f"{packed} is packed, and can't be added to; unpack it with gunzip, or "
-        "use a new --out and name this one with --reuse"
-      )
-    if args.reuse:
-      other = _kept_rows(args.reuse, self._name)
-      self._there = rows.reusable(other, self.identity)
-    self.rows = rows.Rows(path, self.identity)
-    self.callback(self.rows.close)
-    for split, some in self._prompts.items():
-      rows.write_prompts(_prompts_path(self._out, self._name, split), some)
-
-  def measure(self, settings, prompts) -> None:
-    """Makes the rows that are missing."""
-    self._take(settings)
-    before = len(self.rows.found)
-    measure.run(
-      settings,
-      prompts,
-      self.rows,
-      self._readers,
-      self._drawer,
-      images=self._args.batch,
-      folder=self._out / "sheets" / self._name,
-    )
-    self._images += len(self.rows.found) - before
-
-  def _take(self, settings):
-    """Takes what is reused, sheets too: without one, its images are redrawn."""
-    if self._there is None:
-      return
-    same = [s for s in settings if s.model in self._there.models]
-    samples = {s.name: s.samples for s in same}
-    found = self._there.rows.items()
-    self.rows.add(
-      (k, read) for k, read in found if k.sample < samples.get(k.setting, 0)
-    )
-    for setting in same:
-      there, here = (
-        measure.sheet_path(out / "sheets" / self._name, setting)
-        for out in (self._args.reuse, self._out)
-      )
-      if there.exists() and not here.exists():
-        make_folder(here.parent)
-        with replacing(here) as part:
-          shutil.copyfile(there, part)
-
-  def _drawer(self, name: str):
-    """The drawer of a model; one is in memory at a time."""
-    if name not in self._drawers:
-      self._spent()
-      self._drawers.clear()
-      args = self._args
-      path = getattr(args, name)
-      model = loading.load(path, args.flux)
-      # Hours may lie between: rows must not be another model's.
-      if asked.model_hash(path, args.flux) != self.identity["models"][name]:
-        raise InputError(
-          f"--{name} {path} was changed since this command began; start again "
-          "with another --out"
-        )
-      self._drawers[name] = drawing.Drawer(model, args.seed, args.steps)
-    return self._drawers[name]
-
-  def _spent(self):
-    for drawer in self._drawers.values():
-      for what, seconds in drawer.seconds.items():
-        self._seconds[what] = self._seconds.get(what, 0.0) + seconds
-        drawer.seconds[what] = 0.0
-
-  def write(self, figures: Mapping[str, Any]) -> None:
-    """Writes the figures, and says where."""
-    path = _figures_path(self._out, self._name)
-    _write_json(path, figures)
-    self._spent()
-    spent = {**self._seconds, **self._readers.seconds}
-    if self._images:
-      parts = ", ".join(f"{k} {s:.0f} s" for k, s in spent.items() if s)
-      print(f"{self._images} images: {parts}", file=sys.stderr)
-    print(f"{path}: {len(self.rows.found)} images")
 
 
 def _score(args):
   out, done = pathlib.Path(args.out), []
   for name in (best_of_n.NAME, cfg.NAME):
-    path = _kept_rows(out, name)
+    path = files.kept_rows(out, name)
     if not path.exists():
       continue
     identity, found = rows.read_rows(path)
@@ -365,7 +217,7 @@ def _score(args):
         "end"
       )
     prompts = {
-      split: _prompts(identity, _prompts_path(out, name, split), split)
+      split: _prompts(identity, files.prompts_path(out, name, split), split)
       for split in identity["prompts"]
     }
     if name == best_of_n.NAME:
@@ -374,8 +226,8 @@ def _score(args):
       figures = cfg.summary(
         identity, found, prompts[cfg.VALIDATION], prompts[cfg.TEST]
       )
-    _write_json(_figures_path(out, name), figures)
-    done.append(str(_figures_path(out, name)))
+    files.write_json(files.figures_path(out, name), figures)
+    done.append(str(files.figures_path(out, name)))
   if not done:
     raise InputError(
       f"{out} has no rows, expected a folder that `xomni eval best-of-n` or "
@@ -412,7 +264,9 @@ def _report(args):
     )
   found: dict[str, dict] = {}
   for seed, folder in zip(names, folders, strict=True):
-    paths = {n: _figures_path(folder, n) for n in (best_of_n.NAME, cfg.NAME)}
+    paths = {
+      n: files.figures_path(folder, n) for n in (best_of_n.NAME, cfg.NAME)
+    }
     paths = {name: path for name, path in paths.items() if path.exists()}
     if not paths:
       raise InputError(
@@ -420,46 +274,6 @@ def _report(args):
         "`xomni eval best-of-n` or `xomni eval cfg` run to its end"
       )
     for name, path in paths.items():
-      found.setdefault(name, {})[seed] = _read_json(path)
+      found.setdefault(name, {})[seed] = files.read_json(path)
   for path in report.write(pathlib.Path(args.out), found):
     print(path)
-
-
-def _rows_path(out, name):
-  return out / f"{name}.rows.jsonl"
-
-
-def _kept_rows(out, name):
-  """The rows, or what gzip made of them, to be read."""
-  path = _rows_path(out, name)
-  return path if path.exists() else path.with_name(f"{path.name}.gz")
-
-
-def _prompts_path(out, name, split):
-  return out / f"{name}.{split}.prompts.jsonl"
-
-
-def _figures_path(out, name):
-  return out / f"{name}.json"
-
-
-def _write_json(path, figures):
-  text = json.dumps(figures, indent=1, ensure_ascii=False)
-  # An estimate is a line: mean, low, high, prompts.
-  short = re.compile(r"\[\s+([^\[\]{}\"]*?)\s+\]")
-  text = short.sub(lambda m: f"[{' '.join(m[1].split())}]", text)
-  with replacing(path) as temporary:
-    temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _read_json(path):
-  try:
-    figures = json.loads(path.read_text(encoding="utf-8"))
-    if not (isinstance(figures, dict) and "identity" in figures):
-      raise ValueError("they have no identity")
-    return figures
-  except (OSError, ValueError) as e:
-    raise InputError(
-      f"{path} can't be read ({' '.join(str(e).split())[:120]}), expected the "
-      "figures of a measurement; make them anew with `xomni eval score`"
-    ) from None
