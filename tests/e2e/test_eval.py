@@ -6,7 +6,6 @@ another image head.
 
 import gzip
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -20,21 +19,16 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-import xomni_jax
 from tests.helpers import GOLDEN
 from xomni_jax import cli
-from xomni_jax.errors import RunError
 from xomni_jax.evals import (
-  answers,
   asked,
   command,
   drawing,
-  reading,
   rows,
   workbench,
 )
 from xomni_jax.inference.sampling import Sampling
-from xomni_jax.rewards.wire import Item
 
 pytest.importorskip("rapidocr")
 
@@ -293,25 +287,6 @@ def test_true_codes_are_painted_as_the_model_decodes_them(tiny):
     assert np.abs(alone.astype(int) - image).max() <= 1
 
 
-def test_readers_read_as_the_engine_does():
-  some = asked.open_asked("world:signs:test", 10)
-  pictures = asked.true_images("world:signs:test", range(10))
-  items = [
-    Item(str(i), np.asarray(picture), one.text, one.targets)
-    for i, (one, picture) in enumerate(zip(some, pictures, strict=True))
-  ]
-  readers = reading.Readers(1)
-  try:
-    found = readers.hear(readers.ask(items))
-  finally:
-    readers.close()
-  scores = reading._scorer("rapidocr")(items)
-  for one, score in zip(found, scores, strict=True):
-    assert one["rapidocr"]["text"] == score.raw["text"]
-    assert one["rapidocr"]["score"] == pytest.approx(score.score, abs=1e-6)
-  assert readers.seconds["rapidocr"] > 0
-
-
 @pytest.mark.parametrize(
   ("more", "says"),
   [
@@ -339,19 +314,6 @@ def test_model_without_a_decoder_is_one_line(folders, tmp_path, capsys):
   assert "--flux" in err and len(err.splitlines()) == 1
 
 
-def test_readers_whose_process_was_killed_say_so():
-  readers = reading.Readers(1)
-  try:
-    (pid,) = readers._pool._processes
-    os.kill(pid, signal.SIGKILL)
-    blank = Item("0", np.zeros((32, 32, 3), np.uint8), "p", ("A",))
-    for _ in range(2):  # once the pool knows, it takes no more questions
-      with pytest.raises(RunError, match=r"was killed.*--readers"):
-        readers.hear(readers.ask([blank]))
-  finally:
-    readers.close()
-
-
 def test_model_that_is_changed_while_it_is_measured_is_refused(
   folders, tmp_path, monkeypatch, capsys
 ):
@@ -372,14 +334,6 @@ def test_model_that_is_changed_while_it_is_measured_is_refused(
   assert f"--rl {rl} was changed since this command began" in err
 
 
-def test_processes_that_read_load_no_jax():
-  says = "import sys, xomni_jax.evals.reading; print('jax' in sys.modules)"
-  out = subprocess.check_output(
-    [sys.executable, "-c", says], cwd=pathlib.Path(__file__).parents[2]
-  )
-  assert out.decode().strip() == "False"
-
-
 def test_prompts_to_choose_on_are_the_sources_or_named(
   folders, tmp_path, capsys
 ):
@@ -395,62 +349,3 @@ def test_prompts_to_choose_on_are_the_sources_or_named(
   err = capsys.readouterr().err
   assert "5 prompts of --validation" in err and len(err.splitlines()) == 1
   assert not (tmp_path / "out").exists()
-
-
-def test_judge_that_is_not_installed_is_left_out(monkeypatch):
-  monkeypatch.setenv("PATH", os.fspath(GOLDEN))
-  reading._engine.cache_clear()
-  assert [*reading._revisions()] == ["rapidocr"]
-  reading._engine.cache_clear()
-
-
-def test_answers_are_exact_where_chat_gives_the_truth(
-  tmp_path, capsys, monkeypatch
-):
-  """One pass over the truth, against an answer token by token. Of every other
-  image the truth is another one: a letter less, another colour."""
-  real = asked.true_records
-
-  def altered(source, numbers):
-    found = real(source, numbers)
-    for number, record in zip(numbers, found, strict=True):
-      if number % 2:
-        says, colour = answers.QUESTIONS
-        right = dict(record["qa"])
-        other = {"red": "green"}.get(right[colour], "red")
-        wrong = right | {says: right[says][:-1], colour: other}
-        record["qa"] = [[q, wrong[q]] for q, _ in record["qa"]]
-        record["text"] = record["text"][:-2]
-    return found
-
-  monkeypatch.setattr(asked, "true_records", altered)
-  monkeypatch.setattr(answers, "true_records", altered)
-  source, count = "world:signs:test", 8
-  flags = ["--source", source, "--count", str(count), "--batch", "5"]
-  assert cli.main(["eval", "answers", *flags, "--out", str(tmp_path)]) == 0
-  figures = json.loads((tmp_path / "answers.json").read_text())
-  model = xomni_jax.load("tiny")
-  for name in answers.QUESTIONS:
-    said = [
-      model.chat(record["image"], name) == dict(record["qa"])[name]
-      for record in asked.true_records(source, range(count))
-    ]
-    assert figures["exact"][name]["all"][0] == pytest.approx(np.mean(said))
-    assert 0.2 < np.mean(said) <= 0.5
-  assert 0.2 < figures["exact"][answers.CAPTION]["all"][0] <= 0.5
-  assert "What colour is it?: " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-  ("flags", "words"),
-  [
-    (["--source", "prompts.jsonl"], "expected world:LEVEL:SPLIT"),
-    (["--count", "0"], "expected 1 to"),
-    (["--batch", "0"], "--batch is 0, expected 1 or more"),
-    (["--source", "world:signs-zh:test"], "does not ask What does it say?"),
-    (["--count", "1", "--out", __file__], "the folder can't be made"),
-  ],
-)
-def test_answers_say_what_is_wrong(flags, words, capsys):
-  assert cli.main(["eval", "answers", *flags]) == 2
-  assert words in capsys.readouterr().err
