@@ -187,8 +187,8 @@ def test_decoder_loss_matches_diffusers():
   }
   value, metrics = run(made, params, batch, jax.random.key(3), False)
 
-  seed = decoder_program._EVAL_SEED
-  keys = [jax.random.split(k, 4) for k in row_keys(jax.random.key(seed), IDS)]
+  noise_key = Context(jax.random.key(4), 0, {}, train=False).noise_key
+  keys = [jax.random.split(k, 4) for k in row_keys(noise_key, IDS)]
   draw = lambda i, *shape: np.stack(
     [jax.random.normal(k[i], shape) for k in keys]
   )

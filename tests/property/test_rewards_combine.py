@@ -15,13 +15,13 @@ from xomni_jax.rewards.combine import (
   Column,
   Combined,
   History,
-  column,
   combine,
   drift_metrics,
   joined,
   watch,
 )
 from xomni_jax.rewards.wire import Score
+from xomni_jax.training import rewarding
 from xomni_jax.training.policy import group_advantages
 
 
@@ -225,7 +225,9 @@ def test_column_tells_failed_from_absent():
     Score("d", True, math.nan),  # a scorer's fault, not a score
     Score("e", True, 1, {"apart": 0.4}),
   ]
-  found = column(scores)
+  scores = [wire.checked(score) for score in scores]
+  table = rewarding._table(dict(enumerate(scores)), len(scores))
+  found = rewarding._column(table)
   np.testing.assert_array_equal(found.values, [0.5, *[np.nan] * 3, 1.0])
   assert found.absent.tolist() == [False, False, True, False, False]
   assert found.apart == pytest.approx(0.3)

@@ -152,9 +152,7 @@ def _embed(t5_params, clip_params, t5_ids, clip_ids, *, t5, clip, compute):
 def _image(vae_params, latents, *, grid, cfg, compute):
   """u8[B, H, W, 3] of packed latents."""
   latents = vae.from_model_space(flow.unpack(latents, grid), cfg)
-  image = vae.decode(vae_params, latents, cfg, compute)
-  image = jnp.clip(image / 2 + 0.5, 0, 1)
-  return jnp.round(image * 255).astype(jnp.uint8)
+  return vae.to_bytes(vae.decode(vae_params, latents, cfg, compute))
 
 
 @partial(

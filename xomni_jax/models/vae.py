@@ -255,6 +255,12 @@ def from_model_space(latents: jax.Array, cfg: VAEConfig) -> jax.Array:
   return latents / cfg.scaling_factor + cfg.shift_factor
 
 
+def to_bytes(image: jax.Array) -> jax.Array:
+  """f32 about [-1, 1] -> u8, clipped and rounded as diffusers does."""
+  image = jnp.clip(image / 2 + 0.5, 0, 1)
+  return jnp.round(image * 255).astype(jnp.uint8)
+
+
 def init(key: jax.Array, cfg: VAEConfig) -> dict[str, Any]:
   """Random parameters, {"encoder": ..., "decoder": ...}."""
   encoder_key, decoder_key = jax.random.split(key)

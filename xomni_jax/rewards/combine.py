@@ -9,8 +9,6 @@ import numpy as np
 
 from xomni_jax.errors import RunError
 from xomni_jax.reward_config import CombineConfig, RewardConfig
-from xomni_jax.rewards import wire
-from xomni_jax.rewards.wire import Score
 
 
 class Column(NamedTuple):
@@ -62,23 +60,6 @@ class History(NamedTuple):
 
   failures: list
   means: list
-
-
-def column(scores: Sequence[Score]) -> Column:
-  """A reward's scores as arrays."""
-  scores = [wire.checked(score) for score in scores]
-  values = [math.nan if s.score is None else s.score for s in scores]
-  apart = [
-    score.raw["apart"]
-    for score in scores
-    if score.ok and isinstance(score.raw, dict) and "apart" in score.raw
-  ]
-  return Column(
-    np.array(values, np.float64),
-    np.array([s.error_kind == wire.ABSENT for s in scores], bool),
-    float(np.mean(apart)) if apart else math.nan,
-    collections.Counter(s.error_kind for s in scores if not s.ok),
-  )
 
 
 def joined(parts: Sequence[Mapping[str, Column]]) -> dict[str, Column]:

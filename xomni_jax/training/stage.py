@@ -23,6 +23,8 @@ Params = dict[str, Any]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
+_HELD_OUT_SEED = 20_250_728
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -46,6 +48,15 @@ class Context(NamedTuple):
   step: jax.Array
   totals: Mapping[str, jax.Array]
   train: bool = True
+
+  @property
+  def noise_key(self) -> jax.Array:
+    """Key of noise that held-out rows need too.
+
+    There it is the same whatever the step and the run, so that two evaluations
+    differ by the model alone.
+    """
+    return self.key if self.train else jax.random.key(_HELD_OUT_SEED)
 
 
 def row_keys(key: jax.Array, ids: jax.Array) -> jax.Array:

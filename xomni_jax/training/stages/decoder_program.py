@@ -36,9 +36,6 @@ from xomni_jax.training.stages import vae_program
 
 PARTS = ("flux", "vq", "siglip", "vae", "clip", "t5")
 
-# Held-out noise and times are drawn with this key whatever the step: a record
-# is always judged at the same ones, so that evaluations differ by the model.
-_EVAL_SEED = 20_250_728
 _QUARTERS = 4
 
 
@@ -151,9 +148,8 @@ def _loss(cfg, arch, scheduler):
     patch = arch.siglip.patch
     grid = tuple(n // patch for n in batch["pixels"].shape[1:3])
     shift = flow.shift(scheduler, math.prod(grid))
-    key = ctx.key if ctx.train else jax.random.key(_EVAL_SEED)
     keys_4B = jax.vmap(lambda k: jax.random.split(k, 4), out_axes=1)(
-      row_keys(key, batch["id"])
+      row_keys(ctx.noise_key, batch["id"])
     )
     image = pixels.to_float(batch["pixels"])
     x0_BLC = encode(params["vae"], image, keys_4B[0], cfg, arch)

@@ -137,7 +137,7 @@ class _Preview:
       mean, _ = vae.encode(
         params, pixels.to_float(image_bytes), model, cfg.compute
       )
-      return pixels.to_bytes(vae.decode(params, mean, model, cfg.compute))
+      return vae.to_bytes(vae.decode(params, mean, model, cfg.compute))
 
     self._rebuild = rebuild
 

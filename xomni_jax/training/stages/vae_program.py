@@ -15,10 +15,6 @@ from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import flops, pixels
 from xomni_jax.training.stage import Batch, Context, Part, Program, row_keys
 
-# Held-out latents are drawn with this key whatever the step, so that two
-# evaluations differ by the model alone.
-_EVAL_SEED = 20_250_728
-
 
 def program(cfg: TrainConfig, arch: Architecture) -> Program:
   """The autoencoder's training.
@@ -29,9 +25,8 @@ def program(cfg: TrainConfig, arch: Architecture) -> Program:
 
   def loss(params, batch: Batch, ctx: Context):
     target_BHWC = pixels.to_float(batch["pixels"])
-    key = ctx.key if ctx.train else jax.random.key(_EVAL_SEED)
     mean, logvar = vae.encode(params["vae"], target_BHWC, model, cfg.compute)
-    latents = sample(mean, logvar, row_keys(key, batch["id"]))
+    latents = sample(mean, logvar, row_keys(ctx.noise_key, batch["id"]))
     image_BHWC = vae.decode(params["vae"], latents, model, cfg.compute)
     terms = row_terms(image_BHWC, target_BHWC, mean, logvar)
     # Rows that are not real count as nothing, the others alike.
