@@ -16,7 +16,7 @@ is for one slice of 256 chips (v5e:16x16): about a week. `xomni plan
 
 from ml_collections import ConfigDict
 
-from xomni_jax.config_files import model_sections, of_size
+from xomni_jax.config_files import model_sections, of_size, world_sources
 
 
 def get_config(size: str = "7b") -> ConfigDict:
@@ -120,14 +120,14 @@ def _tiny():
       **data,
       "shuffle": True,
       "prompt_dropout": 0.1,
-      "sources": _world("train"),
+      "sources": world_sources("train", "image"),
     },
     "eval_data": {
       **data,
       "shuffle": False,
       "prompt_dropout": 0.0,
       # Words that no training image shows.
-      "sources": _world("validation"),
+      "sources": world_sources("validation", "image"),
     },
     "report": {
       "log_every": 20,
@@ -157,11 +157,3 @@ def _tiny():
     "text_len": 64,  # prompts of posters take up to 61
   }
   return config
-
-
-def _world(split):
-  source = {"task": "image"}
-  return (
-    {**source, "path": f"world:signs:{split}", "weight": 0.7},
-    {**source, "path": f"world:posters:{split}", "weight": 0.3},
-  )

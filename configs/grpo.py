@@ -16,7 +16,7 @@ step takes depends on these, and is not measured.
 
 from ml_collections import ConfigDict
 
-from xomni_jax.config_files import model_sections, of_size
+from xomni_jax.config_files import model_sections, of_size, world_sources
 
 
 def get_config(size: str = "7b") -> ConfigDict:
@@ -145,11 +145,11 @@ def _tiny():
         "decay": "linear",
       },
     },
-    "data": {"sources": _world("train")},
+    "data": {"sources": world_sources("train", "prompt", (0.5, 0.5))},
     "eval_data": {
       "shuffle": False,
       # Words that no training image shows.
-      "sources": _world("validation"),
+      "sources": world_sources("validation", "prompt", (0.5, 0.5)),
     },
     "checkpoint": {"every": 20},
     "report": {
@@ -185,11 +185,3 @@ def _tiny():
     ),
   }
   return config
-
-
-def _world(split):
-  source = {"task": "prompt"}
-  return (
-    {**source, "path": f"world:signs:{split}", "weight": 0.5},
-    {**source, "path": f"world:posters:{split}", "weight": 0.5},
-  )

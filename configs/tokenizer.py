@@ -12,7 +12,7 @@ is for one v5e:16x16 slice: by its operations half a day at 40 % of peak.
 
 from ml_collections import ConfigDict
 
-from xomni_jax.config_files import model_sections, of_size
+from xomni_jax.config_files import model_sections, of_size, world_sources
 
 
 def get_config(size: str = "7b") -> ConfigDict:
@@ -139,20 +139,24 @@ def _tiny():
       "1_signs": {
         **phase,
         "steps": 900,
-        "data": {**data, "shuffle": True, "sources": _world("train")[:1]},
+        "data": {
+          **data,
+          "shuffle": True,
+          "sources": world_sources("train", "image")[:1],
+        },
       },
       "2_all": {**phase, "steps": 600},
     },
     "data": {
       **data,
       "shuffle": True,
-      "sources": _world("train"),
+      "sources": world_sources("train", "image"),
     },
     "eval_data": {
       **data,
       "shuffle": False,
       # Words that no training image shows.
-      "sources": _world("validation"),
+      "sources": world_sources("validation", "image"),
     },
     "checkpoint": {
       "every": 500,
@@ -210,11 +214,3 @@ def _tiny():
     "loss_chunk": 128,
   }
   return config
-
-
-def _world(split):
-  source = {"task": "image"}
-  return (
-    {**source, "path": f"world:signs:{split}", "weight": 0.7},
-    {**source, "path": f"world:posters:{split}", "weight": 0.3},
-  )

@@ -14,7 +14,7 @@ chips (v5e:4x4).
 
 from ml_collections import ConfigDict
 
-from xomni_jax.config_files import model_sections, of_size
+from xomni_jax.config_files import model_sections, of_size, world_sources
 
 
 def get_config(size: str = "7b") -> ConfigDict:
@@ -95,12 +95,12 @@ def _tiny():
       # Norms and attention see all of an image: 28 dB before this, 38 after.
       "2_whole": {**phase, "steps": 350, "lr_scale": 0.6},
     },
-    "data": {**data, "sources": _world("train")},
+    "data": {**data, "sources": world_sources("train", "image")},
     "eval_data": {
       **data,
       "shuffle": False,
       # Words that no training image shows.
-      "sources": _world("validation"),
+      "sources": world_sources("validation", "image"),
     },
     "report": {
       "log_every": 50,
@@ -126,11 +126,3 @@ def _tiny():
   # error sees thin strokes from the start, the absolute one only large areas.
   config["options"] |= {"crops": (32, 96), "align": 16, "l2": 2.0}
   return config
-
-
-def _world(split):
-  source = {"task": "image"}
-  return (
-    {**source, "path": f"world:signs:{split}", "weight": 0.7},
-    {**source, "path": f"world:posters:{split}", "weight": 0.3},
-  )

@@ -115,6 +115,16 @@ def model_sections(size: str) -> dict[str, Any]:
   }
 
 
+def world_sources(
+  split: str, task: str, weights: tuple[float, float] = (0.7, 0.3)
+) -> tuple[dict[str, Any], ...]:
+  """Both levels of the drawn world as `data.sources`, of these weights."""
+  return tuple(
+    {"path": f"world:{level}:{split}", "task": task, "weight": weight}
+    for level, weight in zip(("signs", "posters"), weights, strict=True)
+  )
+
+
 def read_config(name: str, size: str = "") -> ConfigDict:
   """What `get_config(size)` of a Python file returns; "": its default size.
 

@@ -94,8 +94,17 @@ def test_control_that_is_sft_draws_the_same(measured):
     assert same[0] == same[1]
 
 
+def _apart(folder, out, model):
+  """A copy of the rows without those of a model."""
+  lines = (folder / "best-of-n.rows.jsonl").read_text().splitlines(True)
+  kept = [x for x in lines if f'"setting": "{model} ' not in x]
+  assert 1 < len(kept) < len(lines)
+  (out / "best-of-n.rows.jsonl").write_text("".join(kept))
+  return out
+
+
 def test_measurement_that_is_complete_draws_nothing(
-  measured, folders, monkeypatch, capsys
+  measured, folders, monkeypatch, capsys, tmp_path
 ):
   before = (measured / "best-of-n.json").read_bytes()
   monkeypatch.setattr(drawing.Drawer, "draw", None)
@@ -105,6 +114,13 @@ def test_measurement_that_is_complete_draws_nothing(
   assert (measured / "best-of-n.json").read_bytes() == before
   assert cli.main(["eval", "score", str(measured)]) == 0
   assert (measured / "best-of-n.json").read_bytes() == before
+  # So are rows of which some lie elsewhere.
+  apart = _apart(measured, tmp_path, "sft")
+  assert cli.main(["eval", "score", str(apart)]) == 2
+  assert "no row of" in capsys.readouterr().err
+  reuse = ["--reuse", str(measured)]
+  assert cli.main(["eval", "score", str(apart), *reuse]) == 0
+  assert (apart / "best-of-n.json").read_bytes() == before
   # Another model under the same name is another measurement.
   capsys.readouterr()
   argv = _argv("best-of-n", folders, measured, "--control", folders["rl"])

@@ -102,6 +102,7 @@ def test_help_names_every_verb():
   run = subprocess.run(
     ["bash", SCRIPT], capture_output=True, text=True, check=True
   )
-  for verb in ("setup", "lint", "test", "train", "demo", "VERB"):
+  verbs = "setup lint test train recipe demo eval VERB"
+  for verb in verbs.split():
     assert f"run.sh {verb}" in run.stdout
   assert "XOMNI_VENV" in run.stdout

@@ -20,7 +20,11 @@ def _write(run, rows):
 
 
 @pytest.mark.parametrize("base", [None, "runs", jobs.SHIPPED])
-def test_control_trains_for_as_long_as_reinforcement_learning(tmp_path, base):
+def test_control_trains_for_as_long_as_reinforcement_learning(
+  tmp_path, base, monkeypatch
+):
+  # A clone may lie anywhere.
+  monkeypatch.setattr(jobs, "CONFIGS", "/workdir/init.model")
   step = "time/step_seconds"
   timed, model = tmp_path / "sft", f"{tmp_path}/sft/model"
   if base == "runs":
@@ -39,6 +43,7 @@ def test_control_trains_for_as_long_as_reinforcement_learning(tmp_path, base):
   job = jobs.control(jobs.Wanted(seed=3, base=base), tmp_path)
   assert "--config.phases.2_all.steps=880" in job.argv  # 440 s of 0.5 s each
   assert "--config.seed=1003" in job.argv
+  assert "--config=/workdir/init.model/sft.py:tiny" in job.argv
   assert job.argv.count("--workdir=runs/control") == 1
   starts = [a for a in job.argv if "init.model" in a]
   assert starts == [f"--config.init.model={model}"]

@@ -76,10 +76,6 @@ class World:
     self._check(i)
     return _LEVELS[self.level].SIZE
 
-  def lengths(self, task: str) -> None:
-    """None: how many tokens a record has is not known beforehand."""
-    del task
-
   def __getitem__(self, i: int) -> dict[str, Any]:
     """Record i.
 

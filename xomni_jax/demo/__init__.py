@@ -7,6 +7,7 @@ them again.
 
 import collections
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -78,7 +79,11 @@ def main(argv: list[str]) -> int:
   """
   parser = ArgumentParser(prog="xomni demo", description=__doc__)
   parser.add_argument(
-    "--prompt", action="append", default=[], help="to draw too; repeat it"
+    "--prompt",
+    action="append",
+    default=[],
+    help="to draw too; repeat it. OCR looks for what it has in double quotes; "
+    "several quotes are the lines of a poster",
   )
   parser.add_argument(
     "--steps", type=int, default=_STEPS, help="of reinforcement learning"
@@ -100,15 +105,15 @@ def main(argv: list[str]) -> int:
   for level, (count, *_) in _LEVELS.items():
     known = prompts_lib.open_prompts(f"world:{level}:test")
     asked[level] = [known[i] for i in range(count)]
-  if args.prompt:
-    asked["yours"] = [prompts_lib.Prompt("own", text) for text in args.prompt]
+  asked |= _own(args.prompt, asked["posters"][0].size)
 
   model = clock("load the model", lambda: xomni_jax.load("tiny-sft"))
   before = clock("draw before", lambda: draw(model, asked, score))
   answers = clock("answer questions", lambda: answer(model))
   workdir = out / "grpo"
+  done = ", done before" if (workdir / "model").exists() else ""
   clock(
-    f"{args.steps} steps of reinforcement learning",
+    f"{args.steps} steps of reinforcement learning{done}",
     lambda: learn(workdir, args.steps),
   )
   model = clock(
@@ -118,7 +123,9 @@ def main(argv: list[str]) -> int:
   after = clock("draw after", lambda: draw(model, asked, score))
   model = clock("load the shipped model", lambda: xomni_jax.load("tiny"))
   shipped = clock("draw with it", lambda: draw(model, asked, score))
-  clock.rows.append(("one sign, warm", f"{one_sign(model):.2f} s"))
+  for name, scale in (("", 1.0), (", with guidance (twice the rows)", 1.5)):
+    seconds = one_sign(model, scale)
+    clock.rows.append((f"one sign, warm{name}", f"{seconds:.2f} s"))
   columns = {"before": before, "after": after, "shipped": shipped}
   rewards = [
     _means(d for level in _LEVELS for d in column[level])[0]
@@ -165,14 +172,28 @@ def draw(
   return found
 
 
-def one_sign(model: xomni_jax.Model, times: int = 5) -> float:
-  """Seconds that a sign alone takes from prompt to image, once compiled."""
+def one_sign(
+  model: xomni_jax.Model, cfg_scale: float = 1.0, times: int = 5
+) -> float:
+  """Seconds that a sign alone takes from prompt to image, once compiled.
+
+  Args:
+    cfg_scale: guidance, of codes and of the decoder.
+    times: that it is drawn.
+  """
   text = prompts_lib.open_prompts("world:signs:test")[0].text
-  made = lambda seed: model.generate([text], model.config.image_size, seed=seed)
-  made(0)
+  size = model.config.image_size
+
+  def make(seed):
+    drawn = model.generate(
+      [text], size, seed=seed, cfg_scale=cfg_scale, decode=False
+    )
+    model.decode(drawn.codes[0], text, cfg_scale=cfg_scale, seed=seed)
+
+  make(0)
   start = time.monotonic()
   for seed in range(1, times + 1):
-    made(seed)
+    make(seed)
   return (time.monotonic() - start) / times
 
 
@@ -219,10 +240,21 @@ def learn(workdir: pathlib.Path, steps: int) -> None:
       child.terminate()
       child.wait()
   if child.returncode:
+    on = "" if child.returncode == 2 else "start again to go on, or "
     raise RunError(
-      f"reinforcement learning ended with status {child.returncode}; start "
-      f"again to go on, or remove {workdir} to begin anew"
+      f"reinforcement learning ended with status {child.returncode}; "
+      f"{on}remove {workdir} to begin anew"
     )
+
+
+def _own(texts, poster):
+  """Prompts of one's own by size; what they quote is to be read."""
+  found = collections.defaultdict(list)
+  for text in texts:
+    said = tuple(re.findall(r'"([^"]+)"', text))
+    level, size = ("your posters", poster) if said[1:] else ("your signs", None)
+    found[level].append(prompts_lib.Prompt("own", text, said, size=size))
+  return found
 
 
 def _sheet(asked, drawn):
@@ -273,7 +305,7 @@ def _drawings(asked, columns, codes, steps):
 
 def _reading(score):
   if score.score is None:
-    return "—"
+    return "nothing in quotes to look for" if score.ok else "not read"
   read = (score.raw or {}).get("text", "").replace("\n", " / ") or "nothing"
   return page.text(f"{read} ({score.score:.2f})", score.score == 1)
 
@@ -285,7 +317,8 @@ def _curve(workdir):
   return page.section(
     "Reinforcement learning",
     "Each step draws 8 signs for each of 8 prompts, a little hotter than "
-    "above; what OCR reads better than its group's mean becomes likelier.",
+    "above. What OCR reads better than its group's mean becomes likelier, the "
+    "codes of each line by that line's own score (option line_advantages).",
     page.grid(shown, wide=True),
   )
 

@@ -21,6 +21,7 @@ from xomni_jax.evals.rows import METRICS, Key, score_table
 from xomni_jax.inference.sampling import Sampling
 
 NAME = "best-of-n"
+TEST = "test"
 SFT, RL, CONTROL = "sft", "rl", "control"
 TRUE, REPAINTED = "true drawings", "decoder on true codes"
 CEILINGS = (TRUE, REPAINTED)

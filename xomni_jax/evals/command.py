@@ -87,6 +87,7 @@ def _parse(argv):
   sub.add_argument("--out", help="folder of the figures as JSON; unset: none")
   sub = verb("score", _score, "Make the figures of a folder from its rows.")
   sub.add_argument("out", help="folder of measurements")
+  _reuse_flag(sub)
   sub = verb("report", _report, "Tables and plots of several training seeds.")
   sub.add_argument(
     "folders", nargs="+", metavar="RUN", help="folders, one a training seed"
@@ -111,18 +112,22 @@ def _measure_flags(parser):
   add("--steps", type=int, default=8, help="of denoising")
   add("--batch", type=int, default=64, help="images drawn at once")
   add("--out", required=True, metavar="DIR", help="rows, sheets and figures")
-  add(
-    "--reuse",
-    metavar="DIR",
-    type=pathlib.Path,
-    help="an earlier --out, whose rows may be packed by gzip: those of the "
-    "same models are taken from it, such as SFT's where only RL is another",
-  )
+  _reuse_flag(parser)
   add(
     "--readers",
     type=int,
     default=os.cpu_count(),
     help="processes that read images",
+  )
+
+
+def _reuse_flag(parser):
+  parser.add_argument(
+    "--reuse",
+    metavar="DIR",
+    type=pathlib.Path,
+    help="an earlier --out, whose rows may be packed by gzip: those of the "
+    "same models are taken from it, such as SFT's where only RL is another",
   )
 
 
@@ -138,7 +143,7 @@ def _numbers(text):
 def _best_of_n(args):
   best_of_n.check_numbers(args.n)
   with workbench.Workbench(args, best_of_n.NAME) as bench:
-    prompts = bench.ask("test", args.source, args.count)
+    prompts = bench.ask(best_of_n.TEST, args.source, args.count)
     bench.open({"n": args.n})
     bench.measure(best_of_n.settings(bench.identity), prompts)
     bench.write(best_of_n.summary(bench.identity, bench.rows.found, prompts))
@@ -220,12 +225,10 @@ def _score(args):
       split: _prompts(identity, files.prompts_path(out, name, split), split)
       for split in identity["prompts"]
     }
-    if name == best_of_n.NAME:
-      figures = best_of_n.summary(identity, found, prompts["test"])
-    else:
-      figures = cfg.summary(
-        identity, found, prompts[cfg.VALIDATION], prompts[cfg.TEST]
-      )
+    there = rows.Reusable({}, frozenset())
+    if args.reuse:
+      there = rows.reusable(files.kept_rows(args.reuse, name), identity)
+    figures = _FIGURES[name](identity, found, prompts, there)
     files.write_json(files.figures_path(out, name), figures)
     done.append(str(files.figures_path(out, name)))
   if not done:
@@ -236,10 +239,26 @@ def _score(args):
   print(f"{', '.join(done)}: scored anew")
 
 
+def _best_of_n_figures(identity, found, prompts, there):
+  found = measure.reused(there, best_of_n.settings(identity)) | found
+  return best_of_n.summary(identity, found, prompts[best_of_n.TEST])
+
+
+def _cfg_figures(identity, found, prompts, there):
+  first, second = prompts[cfg.VALIDATION], prompts[cfg.TEST]
+  found = measure.reused(there, cfg.validation_settings(identity)) | found
+  chosen = cfg.choose(identity, found, first)
+  found = measure.reused(there, cfg.test_settings(identity, chosen)) | found
+  return cfg.summary(identity, found, first, second)
+
+
+_FIGURES = {best_of_n.NAME: _best_of_n_figures, cfg.NAME: _cfg_figures}
+
+
 def _prompts(identity, path, split):
   """What was asked: kept beside the rows, or drawn anew from its source."""
   count, digest = identity["prompts"][split]
-  source = identity["source" if split == cfg.TEST else split]
+  source = identity["validation" if split == cfg.VALIDATION else "source"]
   some = (
     rows.read_prompts(path)
     if path.exists()

@@ -21,7 +21,7 @@ from xomni_jax.evals import asked as asked_lib
 from xomni_jax.evals.asked import Asked
 from xomni_jax.evals.drawing import Drawer
 from xomni_jax.evals.reading import Readers, Readings
-from xomni_jax.evals.rows import Key, Rows
+from xomni_jax.evals.rows import Key, Reusable, Rows
 from xomni_jax.inference import sheets
 from xomni_jax.inference.sampling import Sampling
 from xomni_jax.rewards.wire import Item
@@ -69,6 +69,16 @@ def batches(
     for numbers in by_size.values()
     for i in range(0, len(numbers), each)
   ]
+
+
+def reused(there: Reusable, settings: Sequence[Setting]) -> dict[Key, Readings]:
+  """Another measurement's rows of the settings whose model is the same."""
+  samples = {s.name: s.samples for s in settings if s.model in there.models}
+  return {
+    key: read
+    for key, read in there.rows.items()
+    if key.sample < samples.get(key.setting, 0)
+  }
 
 
 def sheet_path(folder: pathlib.Path, setting: Setting) -> pathlib.Path:

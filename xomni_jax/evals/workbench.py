@@ -111,13 +111,8 @@ class Workbench(contextlib.ExitStack):
     """Takes what is reused, sheets too: without one, its images are redrawn."""
     if self._there is None:
       return
-    same = [s for s in settings if s.model in self._there.models]
-    samples = {s.name: s.samples for s in same}
-    found = self._there.rows.items()
-    self.rows.add(
-      (k, read) for k, read in found if k.sample < samples.get(k.setting, 0)
-    )
-    for setting in same:
+    self.rows.add(measure.reused(self._there, settings).items())
+    for setting in (s for s in settings if s.model in self._there.models):
       there, here = (
         measure.sheet_path(out / "sheets" / self._name, setting)
         for out in (self._args.reuse, self._out)

@@ -177,10 +177,11 @@ def control(wanted: Wanted, runs: pathlib.Path) -> Job:
 
 def _tuning(job: Job, name: str, model: str | pathlib.Path, steps: int) -> Job:
   """The stage `sft` from another model, for so many steps."""
+  replaced = ("--workdir=", "--config.init.model=")
   return Job(
     name,
     (
-      *(a for a in job.argv if "workdir" not in a and "init.model" not in a),
+      *(a for a in job.argv if not a.startswith(replaced)),
       f"--workdir=runs/{name}",
       f"--config.init.model={model}",
       # Drawing is compared, not answering; a phase has a step at least.
