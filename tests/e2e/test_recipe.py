@@ -24,6 +24,7 @@ import xomni_jax
 from tests.train_runs import ROOT
 from xomni_jax.data import world
 from xomni_jax.inference import shipped
+from xomni_jax.recipe import jobs
 
 LEVELS = ["quick", pytest.param("whole", marks=pytest.mark.slow)]
 
@@ -41,10 +42,10 @@ def start(folder, *argv):
   )
 
 
-def stop_at(process, path, text, how):
-  """Stops a recipe once a file has a text; returns its exit status."""
+def stop_at(process, path, text, how, times=1):
+  """Stops a recipe once a file has a text so often; returns its exit status."""
   while process.poll() is None:
-    if path.exists() and text in path.read_text():
+    if path.exists() and path.read_text().count(text) >= times:
       if how == signal.SIGKILL:
         os.killpg(process.pid, how)  # its stage too
       else:
@@ -153,13 +154,29 @@ def test_recipe_done_does_nothing(recipe):
 
 
 @pytest.mark.slow
-def test_recipe_twice_gives_the_same_weights(tmp_path):
-  for name in "ab":
-    assert start(tmp_path / name, "--quick", "--seed", "3").wait() == 0
-  one, other = (weights(tmp_path / name / "runs" / "tiny") for name in "ab")
+def test_recipe_stopped_in_every_stage_gives_the_same_weights(tmp_path):
+  flags = "--quick", "--seed", "3"
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  assert start(whole, *flags).wait() == 0
+  for job in jobs.in_order(jobs.Wanted(quick=True, seed=3)):
+    # Told to stop, a stage saves, and is killed once it has gone on. Codes have
+    # no metrics: killed as they begin.
+    if job.name not in jobs.STARTS:
+      log, begun = parts / "runs" / "recipe.log", f"] {job.name}\n"
+      killed = stop_at(start(parts, *flags), log, begun, signal.SIGKILL)
+      assert killed == -signal.SIGKILL
+      continue
+    metrics, line = parts / "runs" / job.name / "metrics.jsonl", '"step": '
+    told = stop_at(start(parts, *flags), metrics, line, signal.SIGTERM)
+    assert told == 143, job.name
+    more = metrics.read_text().count(line) + 1
+    killed = stop_at(start(parts, *flags), metrics, line, signal.SIGKILL, more)
+    assert killed == -signal.SIGKILL, job.name
+  assert start(parts, *flags).wait() == 0
+  one, other = (weights(folder / "runs" / "tiny") for folder in (whole, parts))
   assert len(one) == len(other) > 5
   for a, b in zip(one, other, strict=True):
-    assert a.read_bytes() == b.read_bytes()
+    assert a.read_bytes() == b.read_bytes(), a.name
 
 
 def weights(folder: pathlib.Path):
