@@ -77,25 +77,7 @@ def main(argv: list[str]) -> int:
     InputError: bad arguments, or no configs to train by.
     RunError: the training failed.
   """
-  parser = ArgumentParser(prog="xomni demo", description=__doc__)
-  parser.add_argument(
-    "--prompt",
-    action="append",
-    default=[],
-    help="to draw too; repeat it. OCR looks for what it has in double quotes; "
-    "several quotes are the lines of a poster",
-  )
-  parser.add_argument(
-    "--steps", type=int, default=_STEPS, help="of reinforcement learning"
-  )
-  parser.add_argument("--out", default="runs/demo", help="folder of the page")
-  args = parser.parse_args(argv)
-  if not _CONFIG.is_file():
-    raise InputError(
-      f"{_CONFIG}: no such file; run the demo from a clone of the repository"
-    )
-  if args.steps < 1:
-    raise InputError(f"--steps is {args.steps}, expected 1 or more")
+  args = _parse(argv)
   out = make_folder(args.out)
   # Told to stop, it stops what it started.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -151,6 +133,29 @@ def main(argv: list[str]) -> int:
     f"{args.steps} steps, {rewards[2]:.3f} of the shipped model"
   )
   return 0
+
+
+def _parse(argv):
+  parser = ArgumentParser(prog="xomni demo", description=__doc__)
+  parser.add_argument(
+    "--prompt",
+    action="append",
+    default=[],
+    help="to draw too; repeat it. OCR looks for what it has in double quotes; "
+    "several quotes are the lines of a poster",
+  )
+  parser.add_argument(
+    "--steps", type=int, default=_STEPS, help="of reinforcement learning"
+  )
+  parser.add_argument("--out", default="runs/demo", help="folder of the page")
+  args = parser.parse_args(argv)
+  if not _CONFIG.is_file():
+    raise InputError(
+      f"{_CONFIG}: no such file; run the demo from a clone of the repository"
+    )
+  if args.steps < 1:
+    raise InputError(f"--steps is {args.steps}, expected 1 or more")
+  return args
 
 
 def draw(
