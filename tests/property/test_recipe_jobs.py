@@ -45,7 +45,7 @@ def test_control_trains_for_as_long_as_reinforcement_learning(
   assert "--config.seed=1003" in job.argv
   assert "--config=/workdir/init.model/sft.py:tiny" in job.argv
   assert job.argv.count("--workdir=runs/control") == 1
-  starts = [a for a in job.argv if "init.model" in a]
+  starts = [a for a in job.argv if a.startswith("--config.init.model")]
   assert starts == [f"--config.init.model={model}"]
   assert not any(a == "--workdir=runs/sft" for a in job.argv)
 
