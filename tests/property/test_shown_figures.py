@@ -1,0 +1,114 @@
+"""Tables of the README and the model card, against the JSON they are from."""
+
+import decimal
+import itertools
+import json
+
+import pytest
+
+from tests.train_runs import ROOT
+from xomni_jax.inference import shipped
+
+README = (ROOT / "README.md").read_text("utf-8")
+CARD = (shipped.ROOT / "MODEL_CARD.md").read_text("utf-8")
+ENGINES = "rapidocr", "tesseract"
+LINES = {
+  "true drawings": "true drawings",
+  "painted from the codes": "decoder on true codes",
+  "`tiny-sft`, greedy": "sft greedy",
+  "`tiny-sft`, temperature 0.7": "sft T=0.7",
+  "`tiny-sft`, temperature 1": "sft best of 1",
+  "control: ": "control T=1",
+  "`tiny-sft` fine-tuned": "control T=1",
+  "`tiny`, temperature 1": "rl T=1",
+}
+MINUS = {
+  "signs": ("sft best of 1", "control T=1", "sft best of 2"),
+  "posters": ("sft best of 1", "control T=1", "sft greedy"),
+}
+
+
+def figures(path, name="best-of-n"):
+  text = (ROOT / "launch" / "results" / path / f"{name}.json").read_text()
+  return json.loads(text)
+
+
+def table(text, head):
+  """{first cell: other cells} of the table whose first line begins so."""
+  _, start, rest = text.partition(f"\n| {head}")
+  assert start, head
+  rows = itertools.takewhile(lambda x: x.startswith("|"), rest.split("\n")[2:])
+  cells = [[c.strip() for c in row.strip("|").split("|")] for row in rows]
+  return {first: others for first, *others in cells}
+
+
+def rounded(x, digits):
+  """Half up, as people do it, of the decimals that JSON has."""
+  places = decimal.Decimal(1).scaleb(-digits)
+  return decimal.Decimal(repr(round(x, 9))).quantize(
+    places, decimal.ROUND_HALF_UP
+  )
+
+
+def points(estimate):
+  mean, low, high = (rounded(100 * x, 1) for x in estimate[:3])
+  return f"{mean:+} ({low} to {high})"
+
+
+@pytest.mark.parametrize("text", [README, CARD], ids=["README", "card"])
+def test_shares_read_exactly_are_those_of_the_measurement(text):
+  shown = table(text, "images | ")
+  assert len(shown) == 7
+  of = {level: figures(level)["scores"] for level in MINUS}
+  for name, cells in shown.items():
+    (line,) = [x for start, x in LINES.items() if name.startswith(start)]
+    wanted = [
+      of[level][engine]["exact"][line]["all"][0]
+      for level in MINUS
+      for engine in ENGINES
+    ]
+    wanted.append(of["posters"]["rapidocr"]["characters"][line]["all"][0])
+    assert cells == [str(rounded(x, 3)) for x in wanted[: len(cells)]], name
+
+
+@pytest.mark.parametrize("level", MINUS)
+def test_differences_of_each_seed_are_those_of_the_measurement(level):
+  shown = table(README, f"{level} | read exactly")
+  there = {
+    p.parent.name
+    for p in (ROOT / "launch/results" / level).glob("seed-*/best-of-n.json")
+  }
+  assert {name.replace(" ", "-") for name in shown} == {"`tiny`", *there}
+  for name, cells in shown.items():
+    of = figures(
+      f"{level}/{'' if name == '`tiny`' else name.replace(' ', '-')}"
+    )
+    exact = [of["scores"][e]["exact"]["rl T=1"]["all"][0] for e in ENGINES]
+    wanted = ["; ".join(str(rounded(x, 3)) for x in exact)]
+    wanted += [
+      "; ".join(
+        points(of["differences"][e]["exact"][line]["all"]) for e in ENGINES
+      )
+      for line in MINUS[level]
+    ]
+    assert cells == wanted, name
+
+
+def test_guidance_and_filters_are_those_of_the_measurement():
+  of = figures("signs", "cfg")["validation"]
+  shown = table(README, "guidance | ")
+  for scale, cells in shown.items():
+    start = f"CFG {'1' if scale == 'none' else scale}"
+    wanted = []
+    for model in ("sft", "rl"):
+      exact = of[model]["rapidocr"]["exact"]
+      for how in (
+        ("T 1", "T 0.7", "greedy"),
+        ("T 1, min-p 0.03", "T 0.7, min-p 0.03"),
+      ):
+        wanted.append(
+          ", ".join(
+            str(rounded(exact[f"{start}, {h}"]["all"][0], 3)) for h in how
+          )
+        )
+    assert cells == wanted, scale
