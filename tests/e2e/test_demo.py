@@ -11,9 +11,9 @@ from PIL import Image
 from tests.train_runs import ROOT
 
 OWN = (
-  'A blue sign that says "HELLO" & more.',
+  'A blue sign that says "HELLO".',
   'A white poster with the lines "ONE", "TWO", "THREE", "FOUR" in black.',
-  "A red sign.",
+  "A red sign & no more.",
 )
 
 
@@ -41,7 +41,7 @@ def test_demo_page_holds_every_part(tmp_path, steps):
   page = (tmp_path / "index.html").read_text()
   # Codes and three images of each prompt, the curves, six images asked about.
   assert page.count("<img") == 4 * (12 + 6 + len(OWN)) + 1 + 6
-  assert "says &quot;HELLO&quot; &amp; more." in page
+  assert "A red sign &amp; no more." in page
   # The shipped model writes what it is asked for; OCR looks for what is quoted.
   assert 'shipped: <span class="good">hello (1.00)' in page.lower()
   assert '<span class="good">one / two / three / four (1.00)' in page.lower()
