@@ -1,16 +1,25 @@
-"""Tables of the README and the model card, against the JSON they are from."""
+"""Figures that are shown against their JSON, and JSON against its rows."""
 
 import decimal
 import itertools
 import json
+import shutil
 
 import pytest
 
 from tests.train_runs import ROOT
+from xomni_jax import cli
 from xomni_jax.inference import shipped
 
 README = (ROOT / "README.md").read_text("utf-8")
 CARD = (shipped.ROOT / "MODEL_CARD.md").read_text("utf-8")
+RESULTS = ROOT / "launch" / "results"
+FOLDERS = sorted(
+  {
+    p.parent.relative_to(RESULTS).as_posix()
+    for p in RESULTS.rglob("*.rows.jsonl.gz")
+  }
+)
 ENGINES = "rapidocr", "tesseract"
 LINES = {
   "true drawings": "true drawings",
@@ -29,8 +38,7 @@ MINUS = {
 
 
 def figures(path, name="best-of-n"):
-  text = (ROOT / "launch" / "results" / path / f"{name}.json").read_text()
-  return json.loads(text)
+  return json.loads((RESULTS / path / f"{name}.json").read_text())
 
 
 def table(text, head):
@@ -75,8 +83,7 @@ def test_shares_read_exactly_are_those_of_the_measurement(text):
 def test_differences_of_each_seed_are_those_of_the_measurement(level):
   shown = table(README, f"{level} | read exactly")
   there = {
-    p.parent.name
-    for p in (ROOT / "launch/results" / level).glob("seed-*/best-of-n.json")
+    p.parent.name for p in (RESULTS / level).glob("seed-*/best-of-n.json")
   }
   assert {name.replace(" ", "-") for name in shown} == {"`tiny`", *there}
   for name, cells in shown.items():
@@ -112,3 +119,22 @@ def test_guidance_and_filters_are_those_of_the_measurement():
           )
         )
     assert cells == wanted, scale
+
+
+@pytest.mark.parametrize(
+  "folder",
+  [
+    pytest.param(x, marks=() if x == "posters/seed-0" else pytest.mark.slow)
+    for x in FOLDERS
+  ],
+)
+def test_figures_are_those_of_the_rows(folder, tmp_path):
+  for path in (RESULTS / folder).glob("*.rows.jsonl.gz"):
+    shutil.copy(path, tmp_path)
+  level = RESULTS / folder.split("/")[0]
+  argv = ["eval", "score", str(tmp_path), "--reuse", str(level)]
+  assert cli.main(argv) == 0
+  made = list(tmp_path.glob("*.json"))
+  assert made
+  for path in made:
+    assert path.read_bytes() == (RESULTS / folder / path.name).read_bytes()
