@@ -67,7 +67,7 @@ def points(estimate):
 def test_shares_read_exactly_are_those_of_the_measurement(text):
   shown = table(text, "images | ")
   assert len(shown) == 7
-  of = {level: figures(level)["scores"] for level in MINUS}
+  of = {level: figures(f"{level}/tiny")["scores"] for level in MINUS}
   for name, cells in shown.items():
     (line,) = [x for start, x in LINES.items() if name.startswith(start)]
     wanted = [
@@ -82,14 +82,11 @@ def test_shares_read_exactly_are_those_of_the_measurement(text):
 @pytest.mark.parametrize("level", MINUS)
 def test_differences_of_each_seed_are_those_of_the_measurement(level):
   shown = table(README, f"{level} | read exactly")
-  there = {
-    p.parent.name for p in (RESULTS / level).glob("seed-*/best-of-n.json")
-  }
-  assert {name.replace(" ", "-") for name in shown} == {"`tiny`", *there}
+  shown = {k.strip("`").replace(" ", "-"): cells for k, cells in shown.items()}
+  there = (RESULTS / level).glob("*/best-of-n.json")
+  assert shown.keys() == {path.parent.name for path in there}
   for name, cells in shown.items():
-    of = figures(
-      f"{level}/{'' if name == '`tiny`' else name.replace(' ', '-')}"
-    )
+    of = figures(f"{level}/{name}")
     exact = [of["scores"][e]["exact"]["rl T=1"]["all"][0] for e in ENGINES]
     wanted = ["; ".join(str(rounded(x, 3)) for x in exact)]
     wanted += [
@@ -102,7 +99,7 @@ def test_differences_of_each_seed_are_those_of_the_measurement(level):
 
 
 def test_guidance_and_filters_are_those_of_the_measurement():
-  of = figures("signs", "cfg")["validation"]
+  of = figures("signs/tiny", "cfg")["validation"]
   shown = table(README, "guidance | ")
   for scale, cells in shown.items():
     start = f"CFG {'1' if scale == 'none' else scale}"
@@ -131,10 +128,22 @@ def test_guidance_and_filters_are_those_of_the_measurement():
 def test_figures_are_those_of_the_rows(folder, tmp_path):
   for path in (RESULTS / folder).glob("*.rows.jsonl.gz"):
     shutil.copy(path, tmp_path)
-  level = RESULTS / folder.split("/")[0]
-  argv = ["eval", "score", str(tmp_path), "--reuse", str(level)]
+  shared = RESULTS / folder.split("/")[0] / "tiny"
+  argv = ["eval", "score", str(tmp_path), "--reuse", str(shared)]
   assert cli.main(argv) == 0
   made = list(tmp_path.glob("*.json"))
   assert made
   for path in made:
     assert path.read_bytes() == (RESULTS / folder / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+  "report", sorted(RESULTS.rglob("report.md")), ids=lambda p: p.parents[1].name
+)
+def test_report_is_that_of_the_figures(report, tmp_path):
+  runs = [
+    str(path.parent) for path in report.parents[1].glob("*/best-of-n.json")
+  ]
+  runs.sort(key=lambda path: ("tiny" not in path, path))
+  assert cli.main(["eval", "report", *runs, "--out", str(tmp_path)]) == 0
+  assert (tmp_path / "report.md").read_text() == report.read_text()
