@@ -109,10 +109,7 @@ def main(argv: list[str]) -> int:
     seconds = one_sign(model, scale)
     clock.rows.append((f"one sign, warm{name}", f"{seconds:.2f} s"))
   columns = {"before": before, "after": after, "shipped": shipped}
-  rewards = [
-    _means(d for level in _LEVELS for d in column[level])[0]
-    for column in columns.values()
-  ]
+  rewards = [_means(column["signs"])[0] for column in columns.values()]
   where = out / "index.html"
   parts = (
     _drawings(asked, columns, model.config.vq.codebook_size, args.steps),
@@ -129,7 +126,7 @@ def main(argv: list[str]) -> int:
   sheets.save(out / "drawings.png", _sheet(asked, shipped))
   where.write_text(page.page("X-Omni in JAX", parts), encoding="utf-8")
   print(
-    f"{where}: reward {rewards[0]:.3f} before, {rewards[1]:.3f} after "
+    f"{where}: reward of signs {rewards[0]:.3f} before, {rewards[1]:.3f} after "
     f"{args.steps} steps, {rewards[2]:.3f} of the shipped model"
   )
   return 0
