@@ -1,12 +1,16 @@
 """Checks of what people ask for, and files that are whole or not there."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from xomni_jax.errors import InputError
+
+PATIENCE = 10.0  # s that `lock` waits
 
 
 def validate(config: Any, *checks: tuple[bool, str]) -> None:
@@ -34,6 +38,44 @@ def make_folder(path: str | os.PathLike) -> pathlib.Path:
       f"{path}: the folder can't be made ({e.strerror}); name another one"
     ) from None
   return path
+
+
+def lock(file: int | IO[bytes]) -> bool:
+  """Whether an open file is ours alone, until it is closed by all who have it.
+
+  One whose process has been killed is waited for: it lives on for a moment.
+  """
+  end = time.monotonic() + PATIENCE
+  while True:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      if time.monotonic() > end:
+        return False
+      time.sleep(0.5)
+    except OSError:  # a file system without locks
+      return True
+    else:
+      return True
+
+
+@contextlib.contextmanager
+def alone(folder: str | os.PathLike) -> Iterator[None]:
+  """Makes a folder, which no other process that asks so has meanwhile.
+
+  Raises:
+    InputError: one has it, or it can't be made.
+  """
+  handle = os.open(make_folder(folder), os.O_RDONLY)
+  try:
+    if not lock(handle):
+      raise InputError(
+        f"{folder} is being written to by another process; wait for it, stop "
+        "it, or name another folder"
+      )
+    yield
+  finally:
+    os.close(handle)
 
 
 @contextlib.contextmanager

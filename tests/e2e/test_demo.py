@@ -9,12 +9,22 @@ import pytest
 from PIL import Image
 
 from tests.train_runs import ROOT
+from xomni_jax import demo
+from xomni_jax.checkpoints import run_config
+from xomni_jax.errors import InputError
 
 OWN = (
   'A blue sign that says "HELLO".',
   'A white poster with the lines "ONE", "TWO", "THREE", "FOUR" in black.',
   "A red sign & no more.",
 )
+
+
+def test_run_of_another_length_is_told_at_once(tmp_path):
+  folder = tmp_path / "grpo" / "checkpoints"
+  run_config.save_config(folder, {"phases": {"1_all": {"steps": 40}}})
+  with pytest.raises(InputError, match=r"--steps is 3, .* give --steps 40"):
+    demo.main(["--steps", "3", "--out", str(tmp_path)])
 
 
 # The demo as it is takes minutes.

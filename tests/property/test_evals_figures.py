@@ -1,5 +1,6 @@
 """Figures and reports of measurements whose rows are made up."""
 
+import io
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from xomni_jax.errors import InputError
-from xomni_jax.evals import best_of_n, cfg, command, files, report
+from xomni_jax.evals import best_of_n, cfg, command, files, plots, report
 from xomni_jax.evals.asked import Asked, prompts_hash
 from xomni_jax.evals.rows import Key, Rows, write_prompts
 from xomni_jax.rewards import text_scores
@@ -94,7 +95,7 @@ def test_figures_of_best_of_n_are_those_of_the_rates(figures):
     assert low < mean < high and prompts == COUNT
   for name in ("rl T=1", "control T=1", "sft greedy", "sft T=0.7"):
     assert exact[name][0] == pytest.approx(RATES[name], abs=0.05)
-  assert exact["true drawings"][:3] == [1, 1, 1]
+  assert exact["true drawings"][:3] == [1, pytest.approx(0.9878, abs=1e-4), 1]
   # The judge errs in a tenth of what the reward calls right, and of the rest.
   judged = figures["scores"]["tesseract"]["exact"]["sft best of 4"]["all"][0]
   right = 1 - 0.5**4
@@ -173,6 +174,16 @@ def test_report_has_every_seed_their_mean_and_the_largest_n(tmp_path, figures):
     assert picture.width > 1000 and len(np.unique(np.asarray(picture))) > 50
 
 
+@pytest.mark.parametrize("numbers", [[1], NUMBERS])
+def test_plot_shows_what_best_of_n_is_held_against(figures, numbers):
+  made = figures | {"identity": _identity(n=numbers)}
+  with Image.open(io.BytesIO(plots.best_of_n({"seed0": made}))) as picture:
+    pixels = np.asarray(picture.convert("RGB"))
+  panels = pixels[: len(pixels) * 3 // 4]  # the legend is below
+  for colour in ((214, 39, 40), (44, 160, 44), (31, 119, 180)):
+    assert np.all(panels == colour, -1).sum() > 500
+
+
 def test_engine_that_is_not_installed_is_said_to_be_absent(tmp_path):
   identity = _identity(engines={"rapidocr": "rapidocr-1"})
   made = best_of_n.summary(identity, _best_of_n_rows(identity, RATES), _asked())
@@ -190,6 +201,9 @@ def test_runs_that_do_not_compare_are_refused(tmp_path, figures):
   with pytest.raises(InputError, match="steps is 8 and 4") as error:
     report.write(tmp_path, {best_of_n.NAME: {"a": figures, "b": other}})
   assert "\n" not in str(error.value)
+  other["identity"] |= {"steps": 8, "seed": 1}
+  with pytest.raises(InputError, match="seed is 0 and 1"):
+    report.write(tmp_path, {best_of_n.NAME: {"a": figures, "b": other}})
   alone = json.loads(json.dumps(figures))
   del alone["identity"]["models"]["control"]
   for one, two in ((figures, alone), (alone, figures)):
@@ -321,7 +335,7 @@ def test_plain_setting_that_is_best_is_held_against_the_best_of_the_others():
   assert gain.low < gain.mean < gain.high
 
 
-def test_figures_are_made_anew_from_rows_alone(tmp_path, guidance):
+def test_figures_are_made_anew_from_rows_alone(tmp_path, guidance, figures):
   identity, best, found, made = guidance
   file = Rows(tmp_path / "cfg.rows.jsonl", identity)
   file.add(found.items())
@@ -336,10 +350,13 @@ def test_figures_are_made_anew_from_rows_alone(tmp_path, guidance):
     f'"all": {json.dumps(made["gain"]["rl"]["tesseract"]["exact"]["all"])}'
     in path.read_text()
   )
-  report.write(
-    tmp_path / "out", {cfg.NAME: {"seed0": json.loads(path.read_text())}}
-  )
+  found = {
+    best_of_n.NAME: {"seed0": figures, "seed1": figures},
+    cfg.NAME: {"seed0": json.loads(path.read_text())},
+  }
+  report.write(tmp_path / "out", found)
   text = (tmp_path / "out" / "report.md").read_text()
+  assert text.rstrip().endswith("Not measured: seed1.")
   assert f"| sft | seed0 | {best} | " in text
   assert (tmp_path / "out" / "cfg.png").stat().st_size > 5000
   (tmp_path / "out" / "cfg.rows.jsonl").touch()

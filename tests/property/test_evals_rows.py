@@ -207,7 +207,7 @@ def test_rows_of_the_same_models_are_taken_over(tmp_path):
 
 def test_rows_of_other_prompts_are_not_taken_over(tmp_path):
   path = tmp_path / "rows.jsonl"
-  with pytest.raises(InputError, match="can't be read"):
+  with pytest.raises(InputError, match=r"--reuse: .* has no rows\.jsonl"):
     rows.reusable(path, IDENTITY | {"models": {}})
   Rows(path, IDENTITY | {"models": {}}).close()
   with pytest.raises(InputError, match="seed is 0, here it is 1"):

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from xomni_jax.evals import stats
 from xomni_jax.evals.stats import Estimate
@@ -99,6 +100,26 @@ def test_intervals_are_the_same_every_time_and_leave_out_what_is_unknown():
   unknown = stats.estimates(np.full((5, 1), np.nan), resamples=10)[0]
   assert unknown == Estimate(None, None, None, 0)
   assert stats.estimates(np.zeros((0, 1)))[0] == Estimate(None, None, None, 0)
+
+
+def test_values_that_are_all_alike_still_have_an_interval():
+  """An exact one: that of Clopper and Pearson."""
+  n, zeros = 500, np.zeros((500, 1))
+  rare = 1 - scipy.stats.beta.ppf(0.025, n, 1)
+  of = lambda values, **how: stats.estimates(values, 99, **how)[0]
+  assert of(zeros + 1) == Estimate(1.0, pytest.approx(1 - rare, abs=1e-6), 1, n)
+  assert of(zeros) == Estimate(0.0, 0, pytest.approx(rare, abs=1e-6), n)
+  low, high = of(zeros, lowest=-1.0)[1:3]
+  assert -low == high == pytest.approx(rare, abs=1e-6)
+  zeros[9] = np.nan
+  assert of(zeros)[2] > rare
+  found = stats.by_kind(
+    {("scores",): zeros[:, 0], ("gain",): zeros[:, 0]},
+    [""] * n,
+    signed=("gain",),
+    resamples=99,
+  )
+  assert found["scores"]["all"].low == 0 > found["gain"]["all"].low
 
 
 def test_kinds_split_the_prompts():

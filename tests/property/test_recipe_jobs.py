@@ -7,14 +7,14 @@ import threading
 
 import pytest
 
-from xomni_jax import cli, recipe
-from xomni_jax.errors import InputError
+from xomni_jax import checks, cli, recipe
+from xomni_jax.errors import InputError, RunError
 from xomni_jax.recipe import jobs, running
 from xomni_jax.training import configure
 
 
 def _write(run, rows):
-  run.mkdir(parents=True)
+  run.mkdir(parents=True, exist_ok=True)
   lines = [json.dumps(row) for row in rows]
   (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -33,7 +33,7 @@ def test_control_trains_for_as_long_as_reinforcement_learning(
   elif base:
     timed, model = tmp_path / "timing", base
   # The first steps of a size have compilation in them, which does not count.
-  sft = [(20, 2.5), (40, 0.5), (60, 0.5)]
+  sft = [(20, 2.5), (40, 0.4), (60, 0.6), (80, 0.5)]
   _write(timed, [{"step": s, step: t} for s, t in sft])
   seconds = [2.0 if n % 2 else 6.0 for n in range(110)]
   seconds[0], seconds[1] = 40.0, 30.0
@@ -94,7 +94,8 @@ def test_base_that_lacks_something_is_refused(tmp_path, lost):
 
 
 def test_bad_arguments_are_one_line(capsys):
-  for argv in (["--bogus"], ["--seed", "x"], ["--rl-steps", "0"]):
+  bad = ["--bogus"], ["--seed", "x"], ["--rl-steps", "0"], ["--base", ""]
+  for argv in bad:
     assert cli.main(["recipe", *argv]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("xomni recipe: error: ") and argv[0] in line
@@ -112,6 +113,53 @@ def _no_jobs(monkeypatch):
   monkeypatch.setattr(recipe, "assemble", lambda *_: None)
   monkeypatch.setattr(recipe.signal, "signal", lambda *_: None)
   return ran
+
+
+def test_control_comes_last_and_is_made_once(tmp_path, monkeypatch):
+  ran, assembled = [], []
+
+  def run(job, out, log, label, start):
+    ran.append((label, job.name))
+    (out / "runs" / job.leaves).mkdir(parents=True)
+    if job.name in ("grpo", "timing"):
+      _write(out / "runs" / job.name, [{"step": 9, "time/step_seconds": 1.0}])
+
+  def assemble(sft, flux, model, made):
+    assembled.append((sft, flux, model))
+    made.mkdir()
+
+  _no_jobs(monkeypatch)
+  monkeypatch.setattr(running, "run", run)
+  monkeypatch.setattr(recipe, "assemble", assemble)
+  for _ in range(2):
+    recipe.main(["--base", "tiny-sft", "--control", "--out", str(tmp_path)])
+  labels, names = zip(*ran, strict=True)
+  assert labels == tuple(f"[{n}/7]" for n in range(1, 8))
+  assert names[0] == "grpo" and names[-2:] == ("timing", "control")
+  model = tmp_path / "runs" / "grpo" / "model"
+  assert assembled == [("tiny-sft", "tiny-sft", model)]
+
+
+@pytest.mark.parametrize(
+  "end, said",
+  [
+    ("kill -9 $$", r"vae was stopped \(exit status -9\): step 3; .*goes on$"),
+    ("exit 1", r"vae failed \(exit status 1\): step 3; all of it is in \S+$"),
+  ],
+)
+def test_job_that_ends_badly_says_whether_to_go_on(
+  tmp_path, monkeypatch, end, said
+):
+  program = tmp_path / "python"
+  program.write_text(f"#!/bin/sh\necho step 3\n{end}\n")
+  program.chmod(0o755)
+  monkeypatch.setattr(running.sys, "executable", str(program))
+  job = jobs.Job("vae", (), "vae/model")
+  with (
+    (tmp_path / "log").open("ab") as log,
+    pytest.raises(RunError, match=said),
+  ):
+    running.run(job, tmp_path, log, "[1/1]", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +190,7 @@ def test_stage_that_a_killed_recipe_left_running_is_waited_for(
   tmp_path, monkeypatch
 ):
   ran = _no_jobs(monkeypatch)
-  monkeypatch.setattr(running, "_PATIENCE", 0.0)
+  monkeypatch.setattr(checks, "PATIENCE", 0.0)
   (tmp_path / "runs").mkdir()
   # A stage has the log as its standard output.
   with (tmp_path / "runs" / "recipe.log").open("ab") as log:
@@ -152,7 +200,7 @@ def test_stage_that_a_killed_recipe_left_running_is_waited_for(
     recipe.main(["--out", str(tmp_path)])
   assert not ran
   # One that is about to end is waited for.
-  monkeypatch.setattr(running, "_PATIENCE", 60.0)
+  monkeypatch.setattr(checks, "PATIENCE", 60.0)
   threading.Timer(1.0, stage.kill).start()
   recipe.main(["--out", str(tmp_path)])
   assert ran
@@ -163,7 +211,8 @@ def test_stage_that_a_killed_recipe_left_running_is_waited_for(
 def test_settings_of_all_stages_are_accepted(quick):
   wanted = jobs.Wanted(quick)
   found = jobs.in_order(wanted)
-  found += jobs.in_order(wanted._replace(base=jobs.SHIPPED), with_control=True)
+  few = wanted._replace(base=jobs.SHIPPED, rl_steps=1)
+  found += jobs.in_order(few, with_control=True)
   stages = [job for job in found if job.argv[0] == "train"]
   assert len(stages) == 8
   for job in stages:

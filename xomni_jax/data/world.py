@@ -5,10 +5,10 @@ with a shape; level "posters" 4 to 6 lines; level "signs-zh" signs in Chinese.
 Every character fills one fixed cell of 16 px, the size of an image token, so
 that even the smallest model can learn to read and write them.
 
-As on the web, training images are not always what was asked for: 6 % of their
-lines have one character wrong. Captions and answers tell what is there. A model
-that learns from them alone misspells as often, so that guidance and rewards
-have something to mend.
+As on the web, training signs and posters are not always what was asked for: 6 %
+of their lines have one character wrong. Captions and answers tell what is
+there. A model that learns from them alone misspells as often, so that guidance
+and rewards have something to mend.
 """
 
 import dataclasses
@@ -128,7 +128,9 @@ class World:
 
   def _check(self, i):
     if not 0 <= i < len(self):
-      raise IndexError(f"record {i} of {self.level}, expected 0 to {len(self)}")
+      raise IndexError(
+        f"record {i} of {self.level}, expected 0 to {len(self) - 1}"
+      )
 
 
 def kind(shown: Sign | Poster) -> str:

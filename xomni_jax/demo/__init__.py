@@ -6,6 +6,7 @@ them again.
 """
 
 import collections
+import json
 import pathlib
 import re
 import signal
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 import xomni_jax
+from xomni_jax.checkpoints import run_config
 from xomni_jax.checks import make_folder
 from xomni_jax.data import prompts as prompts_lib
 from xomni_jax.data import world
@@ -79,6 +81,8 @@ def main(argv: list[str]) -> int:
   """
   args = _parse(argv)
   out = make_folder(args.out)
+  workdir = out / "grpo"
+  _check_steps(workdir, args.steps)
   # Told to stop, it stops what it started.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   clock = _Clock()
@@ -92,7 +96,6 @@ def main(argv: list[str]) -> int:
   model = clock("load the model", lambda: xomni_jax.load("tiny-sft"))
   before = clock("draw before", lambda: draw(model, asked, score))
   answers = clock("answer questions", lambda: answer(model))
-  workdir = out / "grpo"
   done = ", done before" if (workdir / "model").exists() else ""
   clock(
     f"{args.steps} steps of reinforcement learning{done}",
@@ -153,6 +156,21 @@ def _parse(argv):
   if args.steps < 1:
     raise InputError(f"--steps is {args.steps}, expected 1 or more")
   return args
+
+
+def _check_steps(workdir, steps):
+  """Raises InputError where another number was learned for: `learn` would, but
+  after a minute."""
+  path = workdir / "checkpoints" / run_config.FILE
+  try:
+    before = json.loads(path.read_text("utf-8"))["phases"]["1_all"]["steps"]
+  except (OSError, ValueError, KeyError, TypeError):  # `learn` says what it is
+    return
+  if before != steps:
+    raise InputError(
+      f"--steps is {steps}, and {workdir} has a run of {before}; give "
+      f"--steps {before}, or remove the folder, or name another --out"
+    )
 
 
 def draw(
@@ -242,7 +260,8 @@ def learn(workdir: pathlib.Path, steps: int) -> None:
       child.terminate()
       child.wait()
   if child.returncode:
-    on = "" if child.returncode == 2 else "start again to go on, or "
+    # Of bad input it has told itself.
+    on = "see above; " if child.returncode == 2 else "start again to go on, or "
     raise RunError(
       f"reinforcement learning ended with status {child.returncode}; "
       f"{on}remove {workdir} to begin anew"

@@ -101,7 +101,8 @@ def summary(
   }
   columns = {("scores", *k): x for k, x in lines.items()}
   columns |= {("differences", *k): x for k, x in gains.items()}
-  found = stats.by_kind(columns, [a.kind for a in asked])
+  kinds = [a.kind for a in asked]
+  found = stats.by_kind(columns, kinds, signed=("differences",))
   beaten = lambda of: stats.largest_beaten(
     {n: of[best_name(n)]["all"] for n in identity["n"]}
   )

@@ -147,5 +147,5 @@ def summary(
     "identity": dict(identity),
     "chosen": chosen,
     "validation": stats.by_kind(first, [""] * len(validation)),
-    **stats.by_kind(second, [a.kind for a in test]),
+    **stats.by_kind(second, [a.kind for a in test], signed=("gain",)),
   }

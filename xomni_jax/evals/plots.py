@@ -1,5 +1,6 @@
 """Plots of measurements, as PNG."""
 
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,12 +38,13 @@ def best_of_n(runs: Mapping[str, Mapping[str, Any]]) -> bytes:
     curves = np.array(
       [[s[best_name(n)]["all"][0] for n in numbers] for s in scores], float
     )
-    _lines(axes, numbers, curves, "sft best of N", "tab:blue", "-", marker="o")
+    how = {"color": "tab:blue", "label": "sft best of N", "marker": "o"}
+    _lines(functools.partial(axes.plot, numbers), curves, **how)
     for name, colour, style in _ACROSS:
       if all(name in s for s in scores):
-        level = np.array([[s[name]["all"][0]] for s in scores], float)
-        flat = np.repeat(level, len(numbers), 1)
-        _lines(axes, numbers, flat, name, colour, style)
+        levels = np.array([s[name]["all"][0] for s in scores], float)
+        how = {"color": colour, "linestyle": style, "label": name}
+        _lines(axes.axhline, levels, **how)
     axes.set_xscale("log", base=2)
     axes.set_xticks(numbers, [str(n) for n in numbers])
     axes.set_xlabel("N")
@@ -101,13 +103,13 @@ def _figure(identity):
   return figure, panels
 
 
-def _lines(axes, x, values, name, colour, style, **how):
-  """Seeds' lines f[seeds, N] and their mean."""
+def _lines(draw, values, **how):
+  """Seeds' lines f[seeds, ...] and their mean."""
   if len(values) > 1:
     for one in values:
-      axes.plot(x, 100 * one, style, color=colour, alpha=0.3, linewidth=0.8)
-  mean = 100 * values.mean(0)
-  axes.plot(x, mean, style, color=colour, label=name, linewidth=1.8, **how)
+      thin = {"alpha": 0.3, "linewidth": 0.8, "label": None, "marker": None}
+      draw(100 * one, **how | thin)
+  draw(100 * values.mean(0), **how, linewidth=1.8)
 
 
 def _png(figure) -> bytes:

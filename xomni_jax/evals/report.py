@@ -1,5 +1,6 @@
 """Figures of several training seeds side by side: Markdown and plots."""
 
+import decimal
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,10 @@ _ROLES = {
   reading.JUDGE: "the independent judge",
 }
 # What runs that are compared have in common.
-_SAME = ("source", "prompts", "n", "steps", "samples", "engines", "validation")
+_SAME = (
+  *("source", "prompts", "n", "seed", "steps", "samples"),
+  *("engines", "validation"),
+)
 
 
 def write(
@@ -41,6 +45,7 @@ def write(
     InputError: runs that do not compare.
   """
   text, made = [], [out / "report.md"]
+  names = dict.fromkeys(name for runs in found.values() for name in runs)
   try:
     out.mkdir(parents=True, exist_ok=True)
     for name, plot, table in (
@@ -52,6 +57,8 @@ def write(
         made.append(out / f"{name}.png")
         made[-1].write_bytes(plot(runs))
         text.append(table(runs))
+        if lacking := [name for name in names if name not in runs]:
+          text.append(f"Not measured: {', '.join(lacking)}.\n")
     made[0].write_text("\n".join(text), encoding="utf-8")
   except OSError as e:
     raise InputError(f"{out} can't be written ({e.strerror})") from None
@@ -247,7 +254,13 @@ def _percent(estimate: Sequence, *, signed: bool = False) -> str:
   mean, *interval = estimate
   if mean is None:
     return "-"
-  show = lambda x: f"{100 * x:+.1f}" if signed else f"{100 * x:.1f}"
+  # Half up, as people round; JSON has decimals, which binary floats do not.
+  points = lambda x: (
+    decimal.Decimal(repr(x))
+    .scaleb(2)
+    .quantize(decimal.Decimal("0.1"), decimal.ROUND_HALF_UP)
+  )
+  show = lambda x: f"{points(x):{'+' if signed else ''}}"
   if len(interval) < 2:
     return show(mean)
   return f"{show(mean)} [{show(interval[0])}, {show(interval[1])}]"

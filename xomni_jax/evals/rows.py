@@ -143,6 +143,11 @@ def reusable(path: pathlib.Path, identity: Mapping[str, Any]) -> Reusable:
   Raises:
     InputError: the file can't be read, or it differs in more.
   """
+  if not path.exists():
+    raise InputError(
+      f"--reuse: {path.parent} has no {path.name.removesuffix('.gz')}, packed "
+      "or not; expected the --out of an earlier measurement of this kind"
+    )
   there, found = read_rows(path)
   identity = json.loads(json.dumps(identity))
   names = (there.keys() | identity.keys()) - {*_REUSED}

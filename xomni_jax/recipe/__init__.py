@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     metavar="RUNS",
     help="runs/ of a recipe that is done: its models before reinforcement "
     "learning are taken, and only what comes after is trained; "
-    f"{SHIPPED}: the model that ships",
+    f"{SHIPPED}: those that ship",
   )
   parser.add_argument(
     "--rl-steps",
@@ -58,6 +58,11 @@ def main(argv: list[str]) -> int:
   args = parser.parse_args(argv)
   if args.rl_steps is not None and args.rl_steps < 1:
     raise InputError(f"--rl-steps is {args.rl_steps}, expected 1 or more")
+  if args.base == "":
+    raise InputError(
+      "--base is empty, expected the runs/ of a recipe that is done, or "
+      f"{SHIPPED}"
+    )
   if not 0 <= args.seed < 2**31:
     raise InputError(f"--seed is {args.seed}, expected 0 to 2^31 - 1")
   if not CONFIGS.is_dir():

@@ -1,22 +1,22 @@
 """Runs jobs as processes of their own, in a folder that is ours alone."""
 
 import contextlib
-import fcntl
 import json
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from typing import IO
 
-from xomni_jax.checks import make_folder, replacing
+from xomni_jax.checks import lock, make_folder, replacing
 from xomni_jax.errors import InputError, RunError
 from xomni_jax.recipe import jobs
 from xomni_jax.recipe.jobs import Job, Wanted
 
 _LOG, _ASKED = "recipe.log", "recipe.json"
-_POLL, _PATIENCE = 0.5, 10.0  # s
+_POLL = 0.5  # s
 _SAY = 30.0  # s between lines where there is no terminal
 
 
@@ -36,7 +36,7 @@ def claim(runs: pathlib.Path, wanted: Wanted):
     ) from None
   with log:
     # Jobs inherit it: a recipe killed alone leaves its stage running.
-    if not _lock(log):
+    if not lock(log):
       raise InputError(
         f"{runs} is being written to by another recipe, or by a stage that one "
         "left running; wait for it or stop it"
@@ -76,23 +76,6 @@ def _asked(path):
     ) from None
 
 
-def _lock(file: IO[bytes]) -> bool:
-  """Whether nobody else has it, or soon gives it up: a stage that is killed
-  lives on for a moment."""
-  end = time.monotonic() + _PATIENCE
-  while True:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      if time.monotonic() > end:
-        return False
-      time.sleep(_POLL)
-    except OSError:  # a file system without locks
-      return True
-    else:
-      return True
-
-
 def run(
   job: Job, out: pathlib.Path, log: IO[bytes], label: str, start: float
 ) -> None:
@@ -119,9 +102,12 @@ def run(
       child.terminate()
       child.wait()
   if child.returncode:
+    how, on = "failed", ""
+    if child.returncode in (143, -signal.SIGTERM, -signal.SIGKILL):
+      how, on = "was stopped", "; the same command goes on"
     raise RunError(
-      f"{job.name} failed (exit status {child.returncode}): "
-      f"{_last_line(path, seen)}; all of it is in {path}"
+      f"{job.name} {how} (exit status {child.returncode}): "
+      f"{_last_line(path, seen)}; all of it is in {path}{on}"
     )
 
 

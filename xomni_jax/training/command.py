@@ -1,12 +1,14 @@
 """`xomni train`: from a command line to a run."""
 
 import argparse
+import contextlib
 import os
 import pathlib
 import re
 
 import jax
 
+from xomni_jax import checks
 from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.training import build, configure, loop
 
@@ -19,7 +21,8 @@ def main(argv: list[str]) -> int:
   Returns:
     exit status: 0 when the run is done, 143 when it was stopped and saved.
   Raises:
-    InputError: bad arguments, config, data or checkpoints.
+    InputError: bad arguments, config, data or checkpoints, or another run in
+      the folder.
     RunError: the loss is no longer finite, or too many scores failed.
   """
   args, changes = _parse(argv)
@@ -28,15 +31,16 @@ def main(argv: list[str]) -> int:
   config = configure.read(args.config)
   configure.override(config, changes)
   cfg, arch = configure.parse(config, f"config {args.config}")
-  stage = build.stage(cfg, arch, config, args.workdir)
-  return loop.train(
-    cfg,
-    stage,
-    args.workdir,
-    settings=config.to_dict(),
-    resume=args.resume,
-    allow_config_change=args.allow_config_change,
-  )
+  is_main = jax.process_index() == 0
+  with checks.alone(args.workdir) if is_main else contextlib.nullcontext():
+    return loop.train(
+      cfg,
+      build.stage(cfg, arch, config, args.workdir),
+      args.workdir,
+      settings=config.to_dict(),
+      resume=args.resume,
+      allow_config_change=args.allow_config_change,
+    )
 
 
 def _parse(argv):
