@@ -14,6 +14,7 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${XOMNI_VENV:-$here/.venv}
+[[ $venv = /* ]] || venv=$PWD/$venv
 pins=$here/launch/requirements-cpu.txt
 
 fail() {
@@ -36,10 +37,11 @@ set_up() {
   local pip=("$venv/bin/python" -m pip --disable-pip-version-check install -q)
   # The local version "+cpu" keeps pip from PyPI's CUDA build of several GB.
   # That index may be out of reach, and a wheel may be at hand: ask it once.
-  "${pip[@]}" --no-deps --retries 0 --timeout 20 \
-    --extra-index-url https://download.pytorch.org/whl/cpu \
-    "$(grep '^torch==' "$pins")" 2>/dev/null ||
-    fail "no CPU build of torch to be had ($(grep '^torch==' "$pins")); put" \
+  local torch said
+  torch=$(grep '^torch==' "$pins")
+  said=$("${pip[@]}" --no-deps --retries 0 --timeout 20 \
+    --extra-index-url https://download.pytorch.org/whl/cpu "$torch" 2>&1) ||
+    fail "no CPU build of torch to be had ($torch; pip: ${said##*$'\n'}); put" \
       "its wheel where pip looks, for example with PIP_FIND_LINKS"
   "${pip[@]}" -r "$pins"
   "${pip[@]}" --no-deps --no-build-isolation -e "$here"
@@ -97,7 +99,8 @@ judge() {
   echo "run.sh: installing tesseract-ocr" >&2
   "${get[@]}" >/dev/null 2>&1 ||
     { "${apt[@]}" update && "${get[@]}"; } >/dev/null 2>&1 ||
-    echo "run.sh: no tesseract-ocr to be had; measuring with what there is" >&2
+    echo "run.sh: apt has no tesseract-ocr, or no Chinese (chi_sim) for it;" \
+      "measuring with what there is" >&2
 }
 
 verb=${1:-help}
