@@ -8,6 +8,10 @@ XOMNI_SIDECAR_TOKEN:
 
   XOMNI_SIDECAR_TOKEN=... ./launch/sidecar.sh hps --set host=0.0.0.0
 
+Replicas are as many as a large machine has room for; on a smaller one
+
+  ./launch/sidecar.sh ocr --set replicas=2
+
 The judges ask a vLLM server, which is started apart:
 
   vllm serve CodeGoat24/UnifiedReward-qwen-7b --port 8000

@@ -19,7 +19,7 @@ from xomni_jax import mesh as mesh_lib
 from xomni_jax import params as params_lib
 from xomni_jax.errors import InputError
 
-LIBTPU = "libtpu==0.0.52"  # what jax 0.10.2 goes with
+LIBTPU = "libtpu==0.0.52"  # compiles for all slices below
 _GIB = 2**30
 # Per JAX device; of a TPU7x chip's 192 GiB each of its two devices has half.
 _HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
