@@ -1,6 +1,7 @@
 """The text and image loops: where they stop, and how they draw."""
 
 import numpy as np
+import pytest
 
 from tests.helpers import SMALL_AR, max_difference, small_ar_params
 from xomni_jax.config import Compute
@@ -101,3 +102,26 @@ def test_steps_and_sequences_draw_independently():
     count = np.bincount(pairs.ravel(), minlength=V * V)
     wanted = pairs.size / V**2
     assert ((count - wanted) ** 2 / wanted).sum() < 331
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_sequence_is_drawn_alike_beside_longer_prompts(guidance):
+  """Padding, which others of the batch make longer, has no part in its keys."""
+  row, other, nothing, steps = [3, 5, 7], [*range(1, 14)], [2], 12
+
+  def drawn(*rows):
+    keys = sampling.sequence_keys(0, len(rows))
+    if guidance != 1:
+      rows += (nothing,) * len(rows)
+    state = prefilled(rows, steps, (1,) * len(rows))
+    _, drawn = sampling.image_steps(
+      small_ar_params(),
+      state._replace(keys=keys, done=state.done[: len(keys)]),
+      cfg=SMALL_AR,
+      compute=UNROLLED,
+      sampling=Sampling(temperature=2.0, cfg_scale=guidance),
+      steps=steps,
+    )
+    return np.asarray(drawn.token)
+
+  np.testing.assert_array_equal(drawn(row, other)[:1], drawn(row))

@@ -284,7 +284,10 @@ def image_step(
 
 
 def _step_keys(state):
-  return jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.slot)
+  # Positions count a sequence's own tokens; slots count padding too, which
+  # depends on the longest prompt of the batch.
+  own = state.position[: state.keys.shape[0]]
+  return jax.vmap(jax.random.fold_in)(state.keys, own)
 
 
 @partial(
