@@ -10,8 +10,12 @@ import time
 from xomni_jax.errors import InputError
 from xomni_jax.inference.shipped import NAMES
 
+# Parts of a model that a verb uses; no other is loaded.
+_DRAW, _READ = ("ar",), ("siglip", "vq")
+_PAINT = ("vq", "flux", "vae", "clip", "t5")
 
-def _load(args, flux=None):
+
+def _load(args, only, flux=None):
   """The model, and the seconds it took."""
   start = time.monotonic()
   import xomni_jax
@@ -19,7 +23,9 @@ def _load(args, flux=None):
 
   mesh = parse_mesh(args.mesh) if args.mesh else None
   model = xomni_jax.load(
-    args.model, flux, args.dtype, mesh, progress=sys.stderr.isatty()
+    *(args.model, flux, args.dtype, mesh),
+    progress=sys.stderr.isatty(),
+    only=only,
   )
   return model, time.monotonic() - start
 
@@ -45,7 +51,7 @@ def _how(args, cfg_scale=1.0, instead="leave out --greedy"):
 
 def generate(args) -> None:
   """`xomni generate`."""
-  from xomni_jax.inference import files
+  from xomni_jax.inference import arguments, checkpoint, files
 
   if not (args.codes_only or args.flux or args.model in NAMES):
     raise InputError(
@@ -62,20 +68,30 @@ def generate(args) -> None:
     else [files.Prompt(args.prompt)]
   )
   how = _how(args, args.cfg_scale)
-  kind = "json" if args.codes_only else "image"
-  paths = files.output_paths(args.output_path, prompts, args.num_images, kind)
-  model, seconds = _load(args, None if args.codes_only else args.flux)
-  px = model.pixels_per_token
+  # All that can be wrong is said before minutes of loading.
+  texts = arguments.prompts_list([p.text for p in prompts])
+  arguments.at_least_one(num_images=args.num_images, batch_size=args.batch_size)
+  arguments.seed_number(args.seed)
+  config = checkpoint.open_checkpoint(args.model).config
+  px = config.decoder.upscale_factor
   if args.downsample_size not in (None, px):
     raise InputError(
       f"--downsample-size is {args.downsample_size}, but a token of "
       f"{args.model} is {px} px wide; leave it out"
     )
-  size = args.image_size or model.config.image_size
+  size = args.image_size or config.image_size
   size = (size[0], size[-1])
+  arguments.grid_of(size, px)
+  kind = "json" if args.codes_only else "image"
+  paths = files.output_paths(args.output_path, prompts, args.num_images, kind)
+  model, seconds = (
+    _load(args, _DRAW)
+    if args.codes_only
+    else _load(args, _DRAW + _PAINT, args.flux)
+  )
   done, spent = 0, {}
   for part in model.stream(
-    [p.text for p in prompts],
+    texts,
     size,
     how,
     seed=args.seed,
@@ -109,10 +125,14 @@ def generate(args) -> None:
 def chat(args) -> None:
   """`xomni chat`."""
   from xomni_jax.data.images import open_image
+  from xomni_jax.inference import arguments
 
   how = _how(args, instead="add --sample")
+  arguments.question(args.prompt)
+  arguments.at_least_one(max_new_tokens=args.max_new_tokens)
+  arguments.seed_number(args.seed)
   image = open_image(args.image_path) if args.image_path else None
-  model, seconds = _load(args)
+  model, seconds = _load(args, _DRAW + (_READ if image else ()))
   start = time.monotonic()
   answer = model.chat(
     image,
@@ -138,7 +158,7 @@ def chat(args) -> None:
 def tokenize(args) -> None:
   """`xomni tokenize`."""
   from xomni_jax.data.images import open_image
-  from xomni_jax.inference import files
+  from xomni_jax.inference import arguments, files
 
   if args.image_path:
     given = {
@@ -158,7 +178,7 @@ def tokenize(args) -> None:
     out = (
       files.checked_path(args.output_path, "json") if args.output_path else None
     )
-    model, _ = _load(args)
+    model, _ = _load(args, _READ)
     codes = model.encode(image)
     if out is None:
       print(json.dumps(files.codes_json(codes)))
@@ -171,9 +191,11 @@ def tokenize(args) -> None:
       "painting codes needs FLUX.1-dev's parts and a name for the image; "
       "give --flux and --output-path"
     )
+  arguments.at_least_one(steps=args.steps)
+  arguments.seed_number(args.seed)
   codes = files.read_codes(args.codes)
   out = files.checked_path(args.output_path, "image")
-  model, _ = _load(args, args.flux)
+  model, _ = _load(args, _PAINT, args.flux)
   from PIL import Image
 
   pixels = model.decode(codes, args.prompt, steps=args.steps, seed=args.seed)

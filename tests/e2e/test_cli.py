@@ -11,9 +11,41 @@ from PIL import Image
 
 from tests.helpers import GOLDEN
 from xomni_jax import cli
+from xomni_jax.errors import InputError
+from xomni_jax.inference import files, loading
 
 MODEL = ["--model", str(GOLDEN / "xomni")]
 FLUX = ["--flux", str(GOLDEN / "flux1")]
+PNG = ["--output-path", "out.png"]
+
+
+@pytest.mark.parametrize(
+  ("flags", "parts"),
+  [
+    (["generate", *FLUX, "--prompt", "x", *PNG], "ar vq flux vae clip t5"),
+    (["generate", "--codes-only", "--prompt", "x", *PNG], "ar"),
+    (["chat", "--prompt", "x"], "ar"),
+    (["chat", "--prompt", "x", "--image-path", "x.png"], "ar siglip vq"),
+    (["tokenize", "--image-path", "x.png"], "siglip vq"),
+    (["tokenize", *FLUX, "--codes", "x.json", *PNG], "vq flux vae clip t5"),
+  ],
+)
+def test_verb_loads_what_it_uses(flags, parts, tmp_path, monkeypatch, fails):
+  loaded = []
+
+  def model(opened, decoder, tokenizer, params, *_):
+    loaded.extend(params)
+    raise InputError("that will do")
+
+  monkeypatch.chdir(tmp_path)
+  Image.new("RGB", (64, 64)).save("x.png")
+  files.write_codes(pathlib.Path("x.json"), np.zeros((2, 3), np.int32))
+  monkeypatch.setattr(loading.released, "load", lambda *_: {})
+  monkeypatch.setattr(loading, "Model", model)
+  verb, *rest = flags
+  made = [tmp_path / "x.png", tmp_path / "x.json"]
+  assert "that will do" in fails(verb, *MODEL, *rest, writes=made)
+  assert loaded == parts.split()
 
 
 @pytest.fixture

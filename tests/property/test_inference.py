@@ -44,9 +44,9 @@ def spied(tiny):
   return run
 
 
-# All of 33 to 64 tokens with the image prefix, and of different lengths, so
-# that a batch is padded, and always to the same length.
-CAT = "一只猫坐在窗边，旁边有绿色的植物。"
+# Of 13 and 39 tokens with the image prefix: alone, one is padded to 32, and to
+# 64 beside the other.
+CAT = "一只猫。"
 SQUARE = "a red square on a blue gradient background, seen from above"
 SIZE = (32, 48)  # px: 2 x 3 codes
 HOW = {

@@ -40,6 +40,13 @@ def prompts_list(prompts: str | Sequence[str]) -> list[str]:
   return prompts
 
 
+def question(asked: str) -> None:
+  """A user's message, which says something."""
+  text(question=asked)
+  if not asked.strip():
+    raise InputError("question is empty; say what to answer")
+
+
 def text(**values: str) -> None:
   """Texts, be they empty."""
   for name, value in values.items():

@@ -1,5 +1,6 @@
 """Files that people give and get: prompts, codes as JSON, images."""
 
+import collections
 import json
 import os
 import pathlib
@@ -51,11 +52,15 @@ def read_prompts(path: str | os.PathLike) -> list[Prompt]:
       )
   if not prompts:
     raise InputError(f"{path}: holds no prompt; write one a line")
-  names = [p.name for p in prompts if p.name is not None]
-  twice = sorted({name for name in names if names.count(name) > 1})
+  twice = _twice(p.name for p in prompts if p.name is not None)
   if twice:
     raise InputError(f"{path}: ids occur twice: {', '.join(twice)}")
   return prompts
+
+
+def _twice(names):
+  counts = collections.Counter(names)
+  return sorted(name for name, count in counts.items() if count > 1)
 
 
 def _json_prompt(line):
@@ -106,7 +111,7 @@ def output_paths(
     for i, p in enumerate(prompts)
     for j in range(max(num_images, 0))
   ]
-  twice = sorted({p.name for p in paths if paths.count(p) > 1})
+  twice = _twice(p.name for p in paths)
   if twice:
     raise InputError(
       f"{', '.join(twice[:5])} would be written twice: an id is also another "

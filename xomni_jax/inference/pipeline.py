@@ -149,6 +149,7 @@ class Model:
       InputError: bad arguments, or the model was loaded without `flux`.
     """
     painter = self.painter
+    arguments.text(prompt=prompt)
     arguments.seed_number(seed)
     codes = codes_grid(codes, self.config.vq.codebook_size)
     default = self.config.decoder
@@ -290,9 +291,7 @@ class Model:
     Raises:
       InputError: bad arguments, or an image that `encode` refuses.
     """
-    arguments.text(question=question)
-    if not question.strip():
-      raise InputError("question is empty; say what to answer")
+    arguments.question(question)
     arguments.at_least_one(max_new_tokens=max_new_tokens)
     arguments.seed_number(seed)
     how = Sampling(temperature, top_k, top_p, min_p, greedy)
