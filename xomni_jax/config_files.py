@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,14 @@ def from_mapping(cls, mapping: Mapping[str, Any], where: str, **known: Any):
       if isinstance(kind, type) and type(value) is not kind:
         problems.append(
           f"{field.name} is {value!r}, expected a {kind.__name__}"
+        )
+      # Lists of whole numbers are all there is in these files.
+      if typing.get_origin(kind) is tuple and not (
+        isinstance(value, tuple) and all(type(x) is int for x in value)
+      ):
+        problems.append(
+          f"{field.name} is {mapping[field.name]!r}, expected a list of whole "
+          "numbers"
         )
       values[field.name] = value
     elif field.default is dataclasses.MISSING:

@@ -170,3 +170,13 @@ class SchedulerConfig:
   max_image_seq_len: int
   base_shift: float
   max_shift: float
+
+  def __post_init__(self):
+    validate(
+      self,
+      (
+        self.max_image_seq_len > self.base_image_seq_len,
+        f"max_image_seq_len is {self.max_image_seq_len}, expected above "
+        f"base_image_seq_len {self.base_image_seq_len}",
+      ),
+    )

@@ -121,6 +121,35 @@ CHECKPOINTS = {
     lambda t: config(t, lambda c: c.update(hidden_size="64")),
     ["hidden_size is '64'", "expected a int"],
   ),
+  "number in the place of a list": (
+    lambda t: config(
+      t, lambda c: c["vision_config"]["decoder"].update(image_size=96)
+    ),
+    ["image_size is 96", "expected a list of whole numbers"],
+  ),
+  "text in a list of numbers": (
+    lambda t: config(
+      t, lambda c: c["vision_config"]["decoder"].update(image_size=["96", 96])
+    ),
+    ["image_size is ['96', 96]", "expected a list of whole numbers"],
+  ),
+  "end token by its text": (
+    lambda t: config(t, lambda c: c.update(eos_token_id="<|im_end|>")),
+    ["eos_token_id is ['<|im_end|>', 378]", "expected ids of 0 to 447"],
+  ),
+  "end token beyond the vocabulary": (
+    lambda t: edit_json(
+      t / "xomni/generation_config.json", lambda c: c.update(eos_token_id=999)
+    ),
+    ["eos_token_id is [378, 999]"],
+  ),
+  "no end token": (
+    lambda t: [
+      edit_json(t / "xomni" / name, lambda c: c.pop("eos_token_id"))
+      for name in ("config.json", "generation_config.json")
+    ],
+    ["eos_token_id is []", "no answer would end"],
+  ),
   "heads that do not divide": (
     lambda t: config(t, lambda c: c.update(num_key_value_heads=3)),
     ["4 attention heads", "3 key/value heads"],
@@ -205,6 +234,25 @@ FLUX = {
       lambda c: c.update(use_dynamic_shifting=False),
     ),
     ["use_dynamic_shifting is False"],
+  ),
+  "shift without a slope": (
+    lambda t: edit_json(
+      t / "flux1/scheduler/scheduler_config.json",
+      lambda c: c.update(max_image_seq_len=c["base_image_seq_len"]),
+    ),
+    ["max_image_seq_len is", "expected above base_image_seq_len"],
+  ),
+  "channels of a level": (
+    lambda t: edit_json(
+      t / "flux1/vae/config.json", lambda c: c.update(block_out_channels=128)
+    ),
+    ["block_out_channels is 128", "expected a list of whole numbers"],
+  ),
+  "axes of the transformer": (
+    lambda t: edit_json(
+      t / "xomni/flux/config.json", lambda c: c.update(axes_dims_rope=16)
+    ),
+    ["axes_dims_rope is 16", "expected a list of whole numbers"],
   ),
   "other width of T5": (
     lambda t: edit_json(

@@ -156,5 +156,14 @@ def test_an_image_is_of_the_size_that_the_folder_says_or_square(raw):
     released_config.xomni_config(raw, "c")
 
 
+def test_answers_end_at_tokens_of_both_files(raw):
+  ends = lambda *of: released_config.xomni_config(raw, "c", *of).eos_token_ids
+  first = raw["eos_token_id"]
+  assert ends() == (first,)
+  assert ends({"eos_token_id": [first, 7]}) == (first, 7)
+  del raw["eos_token_id"]
+  assert ends({"eos_token_id": 7}) == (7,)
+
+
 def _decoder(cfg):
   return released_json.xomni_json(cfg, "float32")["vision_config"]["decoder"]

@@ -69,9 +69,15 @@ def ar_config(config: Mapping[str, Any], where: str) -> ARConfig:
   )
 
 
-def xomni_config(config: Mapping[str, Any], where: str) -> XOmniConfig:
+def xomni_config(
+  config: Mapping[str, Any],
+  where: str,
+  generation: Mapping[str, Any] | None = None,
+) -> XOmniConfig:
   """The whole model's config out of a released `config.json`.
 
+  Args:
+    generation: its `generation_config.json`, whose end tokens count as well.
   Raises:
     InputError: a setting is missing or unknown, or the two guidance scales of
       the decoder differ (only equal ones are known).
@@ -99,11 +105,10 @@ def xomni_config(config: Mapping[str, Any], where: str) -> XOmniConfig:
   bad = [name for name, value in paths.items() if not isinstance(value, str)]
   if bad:
     raise InputError(f"{where}: vision_config lacks {', '.join(bad)}")
-  eos = config.get("eos_token_id")
-  eos = tuple(eos) if isinstance(eos, list) else (eos,)
   try:
+    ar = ar_config(config, where)
     return XOmniConfig(
-      ar=ar_config(config, where),
+      ar=ar,
       transform=from_mapping(
         TransformConfig,
         _section(vision, "transform", f"{where}: vision_config"),
@@ -114,13 +119,28 @@ def xomni_config(config: Mapping[str, Any], where: str) -> XOmniConfig:
         DecoderConfig, decoder, f"{where}: vision_config.decoder"
       ),
       siglip_heads=_siglip_heads(paths["siglip_name"], vision, where),
-      eos_token_ids=tuple(i for i in eos if i is not None),
+      eos_token_ids=_ends(config, generation or {}, ar.vocab_size, where),
       **paths,
     )
   except InputError as e:
     raise InputError(
       str(e) if str(e).startswith(where) else f"{where}: {e}"
     ) from None
+
+
+def _ends(config, generation, vocab, where) -> tuple[int, ...]:
+  """Ids that end a text: those of both files, as PyTorch's `generate` takes
+  them from the second."""
+  found = []
+  for source in (config, generation):
+    ids = source.get("eos_token_id")
+    found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+  if not found or any(type(i) is not int or not 0 <= i < vocab for i in found):
+    raise InputError(
+      f"{where}: eos_token_id is {found} (generation_config.json included); "
+      f"expected ids of 0 to {vocab - 1}, else no answer would end"
+    )
+  return tuple(dict.fromkeys(found))
 
 
 def _siglip_heads(name, vision, where):
@@ -176,7 +196,8 @@ def flux_config(config: Mapping[str, Any], where: str) -> FluxConfig:
 
 def vae_config(config: Mapping[str, Any], where: str) -> VAEConfig:
   """Out of the autoencoder's `config.json` (FLUX's kind only)."""
-  levels = len(config.get("block_out_channels", ()))
+  channels = config.get("block_out_channels")
+  levels = len(channels) if isinstance(channels, list) else 0
   return from_mapping(
     VAEConfig,
     config,

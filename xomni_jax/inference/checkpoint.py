@@ -81,7 +81,10 @@ def open_checkpoint(path_or_id: str | pathlib.Path) -> Checkpoint:
   folder = named.model if named else resolve(path_or_id)
   where = folder / "config.json"
   raw = read_json(where)
-  cfg = released_config.xomni_config(raw, str(where))
+  generation = folder / "generation_config.json"
+  cfg = released_config.xomni_config(
+    raw, str(where), read_json(generation) if generation.exists() else None
+  )
   vit_file = pt_file(inside(folder, cfg.siglip_path, str(where)))
   vit = released_config.siglip_config(
     vit_file.shapes, cfg.siglip_heads, str(vit_file.path)

@@ -86,9 +86,15 @@ class VQ(nn.Module):
   def encode(self, features_BhwZ: jax.Array) -> jax.Array:
     """i32[B, h, w], the codes nearest in angle to the projected features."""
     z = normalise(self.project(features_BhwZ))
-    # On the unit sphere the nearest row is the one of largest cosine.
-    cosine = _cosine(z, normalise(self.codebook))
-    return jnp.argmax(cosine, axis=-1).astype(jnp.int32)
+    codebook = normalise(self.codebook)
+
+    def nearest(z_BwE):
+      # On the unit sphere the nearest row is the one of largest cosine.
+      return jnp.argmax(_cosine(z_BwE, codebook), axis=-1)
+
+    # Line by line: all cosines of 16 images of 1152 px are 5.4 GB.
+    codes = jax.lax.map(nearest, jnp.moveaxis(z, 1, 0))
+    return jnp.moveaxis(codes, 0, 1).astype(jnp.int32)
 
   def decode(self, codes_Bhw: jax.Array) -> jax.Array:
     """Semantic features [B, h, w, z_channels] of codes i32[B, h, w]."""
