@@ -10,6 +10,7 @@ for the batch, "die" ends the process, "sleep 2" takes 2 s. Some spoil the reply
 as a whole, without Ray only: "says 500", "says half", "says nan", "says html".
 """
 
+import itertools
 import json
 import os
 import sys
@@ -49,9 +50,14 @@ def brightness(items):
   ]
 
 
+_checks = itertools.count(1)
+
+
 def unwell():
-  """The check of a reward whose model is gone."""
-  raise RuntimeError("model is\ngone")
+  """The check of a reward whose model is gone; it takes its time."""
+  number = next(_checks)
+  time.sleep(1.0)
+  raise RuntimeError(f"model is\ngone {number}")
 
 
 def reward(app):

@@ -30,6 +30,7 @@ from xomni_jax.rewards import client, wire
 pytest.importorskip("fastapi", reason="needs fastapi and uvicorn")
 pytest.importorskip("uvicorn", reason="needs fastapi and uvicorn")
 
+POOL = concurrent.futures.ThreadPoolExecutor
 LIMIT = 200_000  # bytes of a request
 
 
@@ -270,13 +271,13 @@ def test_sidecar_parallel_requests_get_their_own_scores(url):
   def ask(level):
     return scores(url, [grey("same id", level)])[0].score
 
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+  with POOL(8) as pool:
     assert list(pool.map(ask, range(60))) == [x / 255 for x in range(60)]
 
 
 def test_sidecar_above_its_requests_at_once_says_503():
   with brightness(max_ongoing=1) as url:
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with POOL(1) as pool:
       slow = pool.submit(scores, url, [grey("a", 51, "sleep 1")])
       time.sleep(0.4)
       assert post(url, wire.to_json([grey("b", 1)])).status_code == 503
@@ -306,15 +307,23 @@ def test_sidecar_info_and_health(url):
 
 
 def test_sidecar_whose_model_is_gone_is_unhealthy():
-  with brightness(settings={"unwell": True}) as url:
-    reply = requests.get(f"{url}/health")
-    assert reply.status_code == 503
-    assert reply.json()["error"] == "model is gone"
+  """All who ask at once share one check; strangers learn nothing of it."""
+  told = {"Authorization": f"Bearer {TOKEN}"}
+  ask = lambda headers: requests.get(f"{url}/health", headers=headers)
+  with brightness(settings={"unwell": True}) as url, POOL(50) as pool:
+    replies = [*pool.map(ask, [told, {}] * 25)]
+    assert {reply.status_code for reply in replies} == {503}
+    assert {reply.json()["error"] for reply in replies[::2]} == {
+      "model is gone 1"
+    }
+    assert not any("error" in reply.json() for reply in replies[1::2])
+    assert ask(told).json()["error"] == "model is gone 2"
 
 
 def test_sidecar_whose_engine_hangs_is_unhealthy_until_it_goes_on(url):
   def health():
-    return requests.get(f"{url}/health")
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    return requests.get(f"{url}/health", headers=headers)
 
   found = scores(url, [grey("a", 1, "sleep 2")])  # it is given up after 1 s
   assert found[0].error_kind == "timeout"

@@ -49,6 +49,7 @@ def make_app(
   """
   http = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
   ongoing = asyncio.Semaphore(app.max_ongoing)
+  check: asyncio.Future | None = None
 
   @http.post("/v1/score")
   async def score_items(request: fastapi.Request):
@@ -86,13 +87,20 @@ def make_app(
     return _json(describe(app, reward))
 
   @http.get("/health")
-  async def health():
+  async def health(request: fastapi.Request):
+    nonlocal check
+    # It needs no token: whoever asks meanwhile waits for the same check, so
+    # that strangers can't take the threads that requests are read in.
+    if check is None or check.done():
+      check = asyncio.ensure_future(run_in_threadpool(reward.check))
+    answer = {"ok": True, "app": app.name}
     try:
-      await asyncio.wait_for(run_in_threadpool(reward.check), app.timeout_s)
+      await asyncio.wait_for(asyncio.shield(check), app.timeout_s)
     except Exception as e:  # whatever keeps the reward from working
-      reason = " ".join(str(e).split())[:300] or type(e).__name__
-      return _json({"ok": False, "app": app.name, "error": reason}, 503)
-    return _json({"ok": True, "app": app.name})
+      answer["ok"] = False
+      if _has_token(request, token):  # it may name other servers
+        answer["error"] = " ".join(str(e).split())[:300] or type(e).__name__
+    return _json(answer, 200 if answer["ok"] else 503)
 
   return http
 
