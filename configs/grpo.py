@@ -39,7 +39,6 @@ def _full():
     "eval_data": {
       "shuffle": False,
       "sources": ({"path": "data/held_out.jsonl", "task": "prompt"},),
-      "text_backend": "tensorflow_text",
     },
     "init": {},
     "optim": {

@@ -41,7 +41,6 @@ def _full():
     "shuffle": True,
     "prompt_dropout": 0.0,
     "workers": 8,
-    "text_backend": "tensorflow_text",
   }
   return {
     "stage": "pretrain",

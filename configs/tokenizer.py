@@ -24,7 +24,6 @@ def _full():
   data = {
     "window": 8192,  # records that are sorted into aspect buckets together
     "workers": 8,
-    "text_backend": "tensorflow_text",
   }
   source = {"task": "image"}
   return {
@@ -171,7 +170,7 @@ def _tiny():
       "dtype": "float32",
       "scan_layers": False,
     },
-    "mesh": {"data": 1},
+    "mesh": {"data": -1},
     "frozen_dtype": "float32",
     **model,
     "lm": {

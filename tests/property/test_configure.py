@@ -43,6 +43,11 @@ def test_config_builds_its_program_from_shapes_alone(stage, size):
     assert 9e9 < count < 10e9
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_batches_are_shared_out_over_all_devices_there_are(stage):
+  assert read(stage).mesh.data == -1
+
+
 def test_phases_of_pretraining_train_what_the_paper_says():
   config = read("pretrain", "7b")
   cfg, arch = configure.parse(config, "pretrain")
