@@ -106,18 +106,15 @@ def test_values_that_are_not_finite_are_null_and_named(tmp_path):
   ]  # fmt: skip
 
 
-def test_pictures_and_texts_reach_tensorboard(tmp_path):
+def test_pictures_reach_tensorboard(tmp_path):
   log = started(tmp_path)
   log.image(5, "samples", Image.new("RGB", (8, 6)))
-  log.text(5, "config", "**bold**")
   log.close()
   shown = events(tmp_path)
   ((step, value),) = shown["samples"]
   assert step == 5
   image = Image.open(io.BytesIO(value.image.encoded_image_string))
   assert image.size == (8, 6)
-  ((_, value),) = shown["config/text_summary"]
-  assert value.tensor.string_val == [b"**bold**"]
 
 
 def test_other_processes_write_and_print_nothing(tmp_path, capsys):
@@ -125,7 +122,6 @@ def test_other_processes_write_and_print_nothing(tmp_path, capsys):
   log.cut(0)
   log.scalars(1, {"loss": 1.0})
   log.image(1, "samples", Image.new("RGB", (8, 8)))
-  log.text(1, "text", "text")
   log.line("line")
   log.close()
   assert list(tmp_path.iterdir()) == []

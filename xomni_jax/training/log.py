@@ -93,11 +93,6 @@ class Log:
       pixels = np.asarray(image.convert("RGB"))
       self._summary(step, "image", tag, pixels, dataformats="HWC")
 
-  def text(self, step: int, tag: str, text: str) -> None:
-    """Shows a text (Markdown) in TensorBoard."""
-    if self._is_main:
-      self._summary(step, "text", tag, text)
-
   def line(self, text: str) -> None:
     """Prints on standard output."""
     if self._is_main:

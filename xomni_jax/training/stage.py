@@ -40,7 +40,7 @@ class Context(NamedTuple):
   Attributes:
     key: of this step, the same on every device; draw per row with `row_keys`.
     step: i32[], of the run.
-    totals: sums over the global batch of what `Stage.totals` returned.
+    totals: sums over the global batch of what `Program.totals` returned.
     train: False on held-out batches (no dropout).
   """
 
