@@ -4,7 +4,7 @@
 
 draws its data and starts from random weights: 8 minutes on 2 CPU cores.
 
-  xomni train --config=configs/tokenizer.py:7b --workdir=gs://bucket/tokenizer \
+  xomni train --config=configs/tokenizer.py:7b --workdir=/mnt/runs/tokenizer \
     --config.init.model=X-Omni --config.init.qwen=Qwen/Qwen2.5-1.5B
 
 is for one v5e:16x16 slice: by its operations half a day at 40 % of peak.

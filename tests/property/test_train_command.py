@@ -44,6 +44,15 @@ def test_number_of_cpu_devices_has_to_be_one(how, capsys, tmp_path):
   assert "--cpu-devices" in line and "expected auto or a number" in line
 
 
+def test_folder_of_a_bucket_is_refused(tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  flags = [f"--config={ROOT}/configs/vae.py:tiny", "--workdir=gs://bucket/vae"]
+  # Were it taken, that there is no such setting would end it.
+  assert cli.main(["train", *flags, "--config.none=1"]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "gs://bucket/vae is a URL, expected a folder; mount" in line
+
+
 def test_folder_that_another_run_writes_to_is_refused(
   tmp_path, capsys, monkeypatch
 ):

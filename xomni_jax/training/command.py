@@ -51,7 +51,7 @@ def _parse(argv):
   )
   add = parser.add_argument
   add("--config", required=True, metavar="FILE[:SIZE]")
-  add("--workdir", required=True, metavar="DIR", type=pathlib.Path)
+  add("--workdir", required=True, metavar="DIR", type=_folder)
   add(
     "--resume",
     action=argparse.BooleanOptionalAction,
@@ -81,6 +81,15 @@ def _parse(argv):
   changes = [a.removeprefix(mark) for a in argv if a.startswith(mark)]
   rest = [a for a in argv if not a.startswith(mark)]
   return parser.parse_args(rest), changes
+
+
+def _folder(name):
+  if "://" in name:  # pathlib would make folders of it here, "gs:" the first
+    raise argparse.ArgumentTypeError(
+      f"{name} is a URL, expected a folder; mount the bucket and name its "
+      "folder, such as /mnt/runs"
+    )
+  return pathlib.Path(name)
 
 
 def split_cpu(how: str | None) -> None:
