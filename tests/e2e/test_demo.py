@@ -25,6 +25,8 @@ LEVELS = demo._LEVELS
 def test_run_of_another_length_is_told_at_once(tmp_path):
   folder = tmp_path / "grpo" / "checkpoints"
   run_config.save_config(folder, {"phases": {"1_all": {"steps": 40}}})
+  demo._check_steps(folder.parent, 3)  # nothing was learned yet
+  (folder / "40").mkdir()
   with pytest.raises(InputError, match=r"--steps is 3, .* give --steps 40"):
     demo.main(["--steps", "3", "--out", str(tmp_path)])
 

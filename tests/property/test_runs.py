@@ -324,6 +324,7 @@ def test_changed_config_is_shown_and_refused_unless_allowed(tmp_path):
   with pytest.raises(InputError) as error:
     run_config.check_config(tmp_path, new, allow=False)
   assert "; ".join(changes) in str(error.value)
+  assert "allow the change (--allow-config-change)" in str(error.value)
   assert run_config.check_config(tmp_path, new, allow=True) == changes
   assert run_config.check_config(tmp_path, new, allow=False) == []
 

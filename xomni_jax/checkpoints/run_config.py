@@ -15,6 +15,17 @@ FILE = "config.json"
 _ABSENT = "(absent)"
 
 
+def has_made(workdir) -> bool:
+  """Whether a run has left what its config stands for.
+
+  Args:
+    workdir: of the run, with a checkpoint or the model in it, or without.
+  """
+  workdir = pathlib.Path(workdir)
+  saved = (p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+  return any(saved) or (workdir / "model").exists()
+
+
 def save_config(folder, mapping: Mapping[str, Any]) -> None:
   """Writes `<folder>/config.json`, by process 0, all of it or nothing."""
   if jax.process_index() == 0:
@@ -52,7 +63,8 @@ def check_config(folder, mapping: Mapping[str, Any], allow: bool) -> list[str]:
   if changes and not allow:
     raise InputError(
       f"the config differs from that of the run in {folder}: "
-      f"{'; '.join(changes)}; give another folder, or allow the change"
+      f"{'; '.join(changes)}; give another folder, or allow the change "
+      "(--allow-config-change)"
     )
   if jax.process_count() > 1:  # all have read it
     multihost_utils.sync_global_devices("config")

@@ -19,11 +19,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from xomni_jax.checkpoints import manifest
-from xomni_jax.checkpoints.run_config import check_config, save_config
 from xomni_jax.errors import InputError
 from xomni_jax.train_config import CheckpointConfig
-
-__all__ = ["Runs", "check_config", "save_config"]
 
 _COMMITTED = "commit_success.txt"  # Orbax's, the very last
 _TEMPORARY = ".orbax-checkpoint-tmp"

@@ -161,6 +161,8 @@ def _parse(argv):
 def _check_steps(workdir, steps):
   """Raises InputError where another number was learned for: `learn` would, but
   after a minute."""
+  if not run_config.has_made(workdir):
+    return
   path = workdir / "checkpoints" / run_config.FILE
   try:
     before = json.loads(path.read_text("utf-8"))["phases"]["1_all"]["steps"]

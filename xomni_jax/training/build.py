@@ -8,6 +8,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from xomni_jax.checkpoints import run_config
 from xomni_jax.config import Architecture
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint, fresh
@@ -76,7 +77,9 @@ def _with_start(cfg, arch, config, folder):
     )
   xomni, flux1 = folder / "xomni", folder / "flux1"
   whole = lambda: xomni.exists() and flux1.exists()
-  if jax.process_index() == 0 and not whole():
+  # Until a run has saved anything its config may change, seed and sizes too.
+  made = whole() and run_config.has_made(folder.parent)
+  if jax.process_index() == 0 and not made:
     for half in (xomni, flux1):  # what a kill left
       shutil.rmtree(half, ignore_errors=True)
     fresh.write_fresh(

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from xomni_jax import mesh as mesh_lib
+from xomni_jax.checkpoints import run_config
 from xomni_jax.checkpoints import runs as runs_lib
 from xomni_jax.data.pipeline import BadRecords
 from xomni_jax.errors import InputError, RunError
@@ -73,7 +74,9 @@ def train(
       f"{folder}: holds checkpoints of steps {runs.steps()}; resume them, or "
       "name another --workdir"
     )
-  runs_lib.check_config(folder, settings, allow_config_change)
+  # A config that failed at once may be mended.
+  may_change = allow_config_change or not run_config.has_made(workdir)
+  run_config.check_config(folder, settings, may_change)
   log = log_lib.Log(workdir, jax.process_index() == 0)
   try:
     with jax.set_mesh(mesh), Preemption() as preemption:

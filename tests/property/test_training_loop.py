@@ -1,0 +1,99 @@
+"""The loop on a stage of two numbers: what it does in which order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xomni_jax.config import Compute
+from xomni_jax.data.feed import Rows
+from xomni_jax.errors import InputError
+from xomni_jax.params import Row
+from xomni_jax.stage_options import ARTrainOptions
+from xomni_jax.train_config import (
+  CheckpointConfig,
+  DataConfig,
+  InitConfig,
+  OptimConfig,
+  Phase,
+  ReportConfig,
+  SourceConfig,
+  TrainConfig,
+)
+from xomni_jax.training import loop
+from xomni_jax.training.stage import Part, Program, Stage
+
+STEPS = 4
+DATA = DataConfig((SourceConfig("none", "text"),), seq_len=1)
+
+
+class Batches:
+  """The numbers 1, 2, ... by step."""
+
+  def __getitem__(self, step):
+    rows = {"x": np.full((8, 2), step + 1, np.float32), "real": np.ones(8)}
+    return Rows(rows, [])
+
+  def iterate(self, first=0):
+    while True:
+      yield self[first]
+      first += 1
+
+
+def stage(**how):
+  """A stage that fits two numbers to 1."""
+  tree = {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
+
+  def loss(params, batch, context):
+    errors = (batch["x"] @ params["m"]["w"] - 1) ** 2
+    return jnp.sum(errors) / context.totals["rows"], {}
+
+  program = Program(
+    parts={"m": Part([Row("w", "w", "a -> a")], tree)},
+    init=lambda key: {"m": {"w": jax.random.normal(key, (2,))}},
+    totals=lambda batch: {"rows": jnp.sum(batch["real"])},
+    loss=loss,
+    batch={},
+    tokens=0,
+    flops=0.0,
+  )
+  given = {"batches": lambda phase: Batches(), "held_out": Batches(), **how}
+  return Stage(program, **given)
+
+
+def config(**report):
+  report = {"log_every": 1, "eval_every": 2, "eval_batches": 1, **report}
+  return TrainConfig(
+    stage="pretrain",
+    seed=0,
+    global_batch=8,
+    phases=(Phase("all", STEPS, ("m/",)),),
+    data=DATA,
+    eval_data=DATA,
+    init=InitConfig(),
+    optim=OptimConfig(lr=1e-2),
+    checkpoint=CheckpointConfig(every=2),
+    report=ReportConfig(**report),
+    compute=Compute(),
+    mesh=(),
+    frozen_dtype="float32",
+    options=ARTrainOptions(),
+  )
+
+
+def train(folder, made=None, settings=None, **report):
+  return loop.train(
+    config(**report), made or stage(), folder, settings=settings or {}
+  )
+
+
+def test_config_of_a_run_that_saved_nothing_may_be_mended(tmp_path):
+  class Fails(Batches):
+    def __getitem__(self, step):
+      raise InputError("no data")
+
+  with pytest.raises(InputError, match="no data"):
+    train(tmp_path, stage(batches=lambda phase: Fails()), {"lr": 1})
+  assert train(tmp_path, settings={"lr": 2}) == 0
+  with pytest.raises(InputError, match=r"lr: 2 -> 3; .*--allow-config-change"):
+    train(tmp_path, settings={"lr": 3})
