@@ -97,6 +97,7 @@ def test_two_processes_train_a_stage_as_one_does(tmp_path, name, axis):
       "report.eval_every=4",
       "report.eval_batches=1",
       "report.preview_every=4",
+      "report.profile=(1, 3)",
       "mesh.data=1",
       f"mesh.{axis}=-1",
     )

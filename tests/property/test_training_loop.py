@@ -20,7 +20,7 @@ from xomni_jax.train_config import (
   SourceConfig,
   TrainConfig,
 )
-from xomni_jax.training import loop
+from xomni_jax.training import log, loop
 from xomni_jax.training.stage import Part, Program, Stage
 
 STEPS = 4
@@ -97,3 +97,18 @@ def test_config_of_a_run_that_saved_nothing_may_be_mended(tmp_path):
   assert train(tmp_path, settings={"lr": 2}) == 0
   with pytest.raises(InputError, match=r"lr: 2 -> 3; .*--allow-config-change"):
     train(tmp_path, settings={"lr": 3})
+
+
+def test_profile_ends_in_every_process_at_once(monkeypatch):
+  """What is read may be gathered: the others would be in the next step."""
+  read = []
+  run = object.__new__(loop._Run)
+  run.cfg, run.workdir = config(profile=(1, 3)), "none"
+  run.log, run.profiling = log.Log("none", False), False
+  monkeypatch.setattr(run, "_read", lambda: read.append(run.step), False)
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  monkeypatch.setattr(jax.profiler, "start_trace", None)  # of process 0 alone
+  monkeypatch.setattr(jax.profiler, "stop_trace", None)
+  for run.step in range(STEPS):
+    run._profile()
+  assert read == [3]

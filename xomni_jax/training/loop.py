@@ -359,12 +359,14 @@ class _Run:
     """Begins or ends a profile, where it is due or the run is at its end."""
     first, last = self.cfg.report.profile
     if self.profiling and self.step in (last, self.cfg.steps):
-      self._read()
-      jax.profiler.stop_trace()
+      self._read()  # by all processes: it may gather their counts
+      if jax.process_index() == 0:
+        jax.profiler.stop_trace()
       self.profiling = False
       self.log.line(f"profile from step {first}: {self.workdir}/profile")
-    elif self.step == first != last and jax.process_index() == 0:
-      jax.profiler.start_trace(str(self.workdir / "profile"))
+    elif self.step == first != last:
+      if jax.process_index() == 0:
+        jax.profiler.start_trace(str(self.workdir / "profile"))
       self.profiling = True
 
   def _export(self) -> None:
