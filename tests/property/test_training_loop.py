@@ -1,10 +1,13 @@
 """The loop on a stage of two numbers: what it does in which order."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from xomni_jax.checkpoints import manifest
 from xomni_jax.config import Compute
 from xomni_jax.data.feed import Rows
 from xomni_jax.errors import InputError
@@ -21,6 +24,7 @@ from xomni_jax.train_config import (
   TrainConfig,
 )
 from xomni_jax.training import log, loop
+from xomni_jax.training.preemption import EXIT_PREEMPTED, Preemption
 from xomni_jax.training.stage import Part, Program, Stage
 
 STEPS = 4
@@ -87,6 +91,12 @@ def train(folder, made=None, settings=None, **report):
   )
 
 
+def stop_at(monkeypatch, step):
+  """Tells the next run to stop after a step."""
+  told = lambda _, now: now == step
+  monkeypatch.setattr(Preemption, "should_stop", told)
+
+
 def test_config_of_a_run_that_saved_nothing_may_be_mended(tmp_path):
   class Fails(Batches):
     def __getitem__(self, step):
@@ -112,3 +122,23 @@ def test_profile_ends_in_every_process_at_once(monkeypatch):
   for run.step in range(STEPS):
     run._profile()
   assert read == [3]
+
+
+def test_run_is_said_to_be_saved_once_its_checkpoint_is_there(
+  tmp_path, monkeypatch
+):
+  write, there = manifest.write, []
+
+  def slow(folder):
+    time.sleep(0.5)
+    write(folder)
+
+  def line(_, text):
+    if text.startswith("stopped at step 3"):
+      there.append((tmp_path / "checkpoints" / "3").exists())
+
+  monkeypatch.setattr(manifest, "write", slow)
+  monkeypatch.setattr(log.Log, "line", line)
+  stop_at(monkeypatch, 3)
+  assert train(tmp_path) == EXIT_PREEMPTED
+  assert there == [True]

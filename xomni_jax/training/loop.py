@@ -142,6 +142,7 @@ class _Run:
     while self.step < self.cfg.steps:
       phase, first = self.cfg.phase_at(self.step)
       if self._phase(phase, first, preemption):
+        self.runs.wait()  # or it would not be true yet
         self.log.line(
           f"stopped at step {self.step} of {self.cfg.steps}, saved; start "
           f"again to go on (exit status {EXIT_PREEMPTED})"
