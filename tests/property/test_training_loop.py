@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import train_runs
 from xomni_jax.checkpoints import manifest
 from xomni_jax.config import Compute
 from xomni_jax.data.feed import Rows
@@ -142,3 +143,32 @@ def test_run_is_said_to_be_saved_once_its_checkpoint_is_there(
   stop_at(monkeypatch, 3)
   assert train(tmp_path) == EXIT_PREEMPTED
   assert there == [True]
+
+
+def test_told_to_stop_a_run_reports_when_it_goes_on(tmp_path, monkeypatch):
+  """Evaluations may take longer than a machine has left."""
+  assert train(tmp_path / "alone") == 0
+  with monkeypatch.context() as m:
+    stop_at(m, 2)
+    never = lambda *_: pytest.fail("there was no time for it")
+    made = stage(evaluate=never, preview=never)
+    status = train(tmp_path / "stopped", made, preview_every=2)
+    assert status == EXIT_PREEMPTED
+  assert train(tmp_path / "stopped") == 0
+  logged = train_runs.metrics(tmp_path / "stopped")
+  assert logged == train_runs.metrics(tmp_path / "alone")
+  assert [x["step"] for x in logged if "held_out/loss" in x] == [2, 4]
+  assert train(tmp_path / "stopped") == 0
+  assert train_runs.metrics(tmp_path / "stopped") == logged
+
+
+def test_checkpoint_comes_before_a_report_that_fails(tmp_path):
+  def fails(params, step):
+    raise InputError("no reward server")
+
+  with pytest.raises(InputError, match="no reward server"):
+    train(tmp_path, stage(evaluate=fails))
+  assert train_runs.checkpoints(tmp_path) == [2]
+  assert train(tmp_path) == 0
+  held_out = [x for x in train_runs.metrics(tmp_path) if "held_out/loss" in x]
+  assert [x["step"] for x in held_out] == [2, 4]

@@ -139,6 +139,8 @@ class _Run:
 
   def go(self, preemption: Preemption) -> int:
     """Trains what is left; returns the exit status."""
+    if self.step and not self._is_evaluated():  # it ended before it got there
+      self._evaluate()
     while self.step < self.cfg.steps:
       phase, first = self.cfg.phase_at(self.step)
       if self._phase(phase, first, preemption):
@@ -175,7 +177,6 @@ class _Run:
         self.step += 1
         self.pending = {**metrics, **made}
         stop = preemption.should_stop(self.step)
-        self._report()
         if stop or self.step % cfg.checkpoint.every == 0 or (
           self.step == cfg.steps
         ):  # fmt: skip
@@ -183,6 +184,9 @@ class _Run:
           self.runs.save(self.step, self.state)
         if stop and self.step < cfg.steps:
           return True
+        # Last: it may take longer than a machine that is taken away has left.
+        self._evaluate()
+        self._preview()
     finally:
       if rows_of:
         rows_of.close()
@@ -284,33 +288,55 @@ class _Run:
       )
     )
 
-  def _report(self) -> None:
-    """Held-out loss and pictures, where they are due."""
-    due = lambda every: (
-      every and (self.step % every == 0 or self.step == self.cfg.steps)
+  def _is_due(self, every: int) -> bool:
+    at_end = self.step == self.cfg.steps
+    return bool(every) and (self.step % every == 0 or at_end)
+
+  def _is_evaluated(self) -> bool:
+    """Whether the log has held-out metrics of this step, as process 0 has it.
+
+    A run that is stopped or killed may have a checkpoint of a step without.
+    """
+    found = any(
+      line["step"] == self.step and any(n.startswith("held_out/") for n in line)
+      for line in self.log.metrics()
     )
-    report = self.cfg.report
+    if jax.process_count() > 1:
+      found = multihost_utils.broadcast_one_to_all(np.int32(found))
+    return bool(found)
+
+  def _evaluate(self) -> None:
+    """Held-out metrics, where they are due."""
     evaluate = self.stage.evaluate
-    if due(report.eval_every) and (evaluate or self.stage.held_out is not None):
-      self._read()
-      with self.meter.paused():
-        if evaluate:
-          values = evaluate(self._params(), self.step)
-        else:
-          values = self.held_out()
-      self.log.scalars(self.step, values)
-      self.log.line(
-        "  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items())
-      )
-    if due(report.preview_every) and self.stage.preview is not None:
-      self._read()
-      with self.meter.paused():
-        made = self.stage.preview(self._params(), self.step)
-        if made and jax.process_index() == 0:
-          self._show("samples", sheets.grid(made))
-        if self.stage.curves and jax.process_index() == 0:
-          shown = pictures.curves(self.log.metrics(), self.stage.curves)
-          self._show("curves", shown)
+    if not self._is_due(self.cfg.report.eval_every) or (
+      evaluate is None and self.stage.held_out is None
+    ):
+      return
+    self._read()
+    with self.meter.paused():
+      if evaluate:
+        values = evaluate(self._params(), self.step)
+      else:
+        values = self.held_out()
+    self.log.scalars(self.step, values)
+    self.log.line(
+      "  held out: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+    )
+
+  def _preview(self) -> None:
+    """Pictures, where they are due."""
+    if self.stage.preview is None or not self._is_due(
+      self.cfg.report.preview_every
+    ):
+      return
+    self._read()
+    with self.meter.paused():
+      made = self.stage.preview(self._params(), self.step)
+      if made and jax.process_index() == 0:
+        self._show("samples", sheets.grid(made))
+      if self.stage.curves and jax.process_index() == 0:
+        shown = pictures.curves(self.log.metrics(), self.stage.curves)
+        self._show("curves", shown)
 
   def _show(self, tag: str, image) -> None:
     pictures.save(self.workdir, self.step, tag, image)
