@@ -13,7 +13,7 @@ from PIL import Image
 
 from xomni_jax.checkpoints import released
 from xomni_jax.config import Architecture
-from xomni_jax.data import images, pipeline, protocol, records, sequences
+from xomni_jax.data import images, pipeline, protocol, sequences
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint as checkpoint_lib
 from xomni_jax.inference import fresh, loading, qwen, sampling
@@ -29,6 +29,7 @@ from xomni_jax.training.stage import (
   Program,
   Stage,
 )
+from xomni_jax.training.stages.grids import shown_of
 
 _PREVIEWS = 4
 _ANSWER = 64  # tokens at most
@@ -227,12 +228,14 @@ class _Preview:
       s for s in data.sources if s.task in ("generate", "text_to_image")
     ]
     found: dict[tuple[int, int], list[str]] = {}
+
+    def make(record, i):
+      self._sample(record, "generate", i)
+      return record["codes"].shape, record.get("prompt") or record["text"]
+
     for cfg in sources:
-      source = records.open_source(cfg)
-      for i in range(min(-(-_PREVIEWS // len(sources)), len(source))):
-        record = source[i]
-        prompt = record.get("prompt") or record["text"]
-        found.setdefault(record["codes"].shape, []).append(prompt)
+      for shape, prompt in shown_of(cfg, -(-_PREVIEWS // len(sources)), make):
+        found.setdefault(shape, []).append(prompt)
     return found
 
   def _some_to_read(self) -> list[tuple[np.ndarray, np.ndarray, str, str]]:
@@ -241,25 +244,32 @@ class _Preview:
     tasks = sorted(tasks & {"image_to_text", "chat"})
     tokenizer, found = self._model.tokenizer, []
     sources = (self._cfg.eval_data or self._cfg.data).sources if tasks else ()
+
+    def make(record, i):
+      task = tasks[i % len(tasks)]
+      first_qa = (record.get("qa") or [])[:1]
+      record = {**record, "qa": first_qa}
+      question = f"{first_qa[0][0]}\n" if task == "chat" and first_qa else ""
+      tokens, weights = self._sample(record, task, i)
+      # A caption begins behind the image, an answer where it counts.
+      first = (
+        tokens.tolist().index(tokenizer.eom_id) + 1
+        if task == "image_to_text"
+        else int(weights.argmax())
+      )
+      answer = tokenizer.text(tokens[first:-1].tolist())
+      return record["codes"], tokens[:first], question, answer
+
     for cfg in sources:
-      source = records.open_source(cfg)
-      for i in range(min(-(-_PREVIEWS // len(sources)), len(source))):
-        record, task = source[i], tasks[i % len(tasks)]
-        first_qa = (record.get("qa") or [])[:1]
-        record = {**record, "qa": first_qa}
-        question = f"{first_qa[0][0]}\n" if task == "chat" and first_qa else ""
-        try:
-          tokens, weights = sequences.sample(
-            record, task, tokenizer, np.random.default_rng(i)
-          )
-        except InputError:  # of another kind: nothing to read, or to say of it
-          continue
-        # A caption begins behind the image, an answer where it counts.
-        first = (
-          tokens.tolist().index(tokenizer.eom_id) + 1
-          if task == "image_to_text"
-          else int(weights.argmax())
-        )
-        answer = tokenizer.text(tokens[first:-1].tolist())
-        found.append((record["codes"], tokens[:first], question, answer))
+      found += shown_of(cfg, -(-_PREVIEWS // len(sources)), make)
     return found[:_PREVIEWS]
+
+  def _sample(self, record, task: str, seed: int) -> sequences.Sample:
+    """A record as training reads it; InputError where it passes it over."""
+    length = (self._cfg.eval_data or self._cfg.data).seq_len
+    made = sequences.sample(
+      record, task, self._model.tokenizer, np.random.default_rng(seed)
+    )
+    if len(made.tokens) > length:
+      raise InputError(f"{len(made.tokens)} tokens, expected up to {length}")
+    return made

@@ -173,9 +173,10 @@ class _Preview:
   def _some_images(self):
     """(text, u8[H, W, 3]) of the first held-out records."""
     grids = Grids(self._cfg.options.grids, self._arch.siglip.patch)
-    found = []
-    for record in shown(self._cfg, _PREVIEWS):
+
+    def make(record, _):
       image = records.image_of(record)
       text = record.get("text") or record.get("prompt") or ""
-      found.append((text, grids.pixels(image, grids.bucket_of(*image.size))))
-    return found
+      return text, grids.pixels(image, grids.bucket_of(*image.size))
+
+    return shown(self._cfg, _PREVIEWS, make)

@@ -1,16 +1,19 @@
-"""Images at the sizes of aspect buckets, and those that previews show."""
+"""Images at the sizes of aspect buckets, and records that previews show."""
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from xomni_jax.data import records
 from xomni_jax.errors import InputError
-from xomni_jax.train_config import TrainConfig
+from xomni_jax.train_config import SourceConfig, TrainConfig
 
 Grid = tuple[int, int]
+_TRIES = 16  # records that are read for one that is shown, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +45,34 @@ class Grids:
     return np.zeros((h * self.patch, w * self.patch, 3), np.uint8)
 
 
-def shown(cfg: TrainConfig, count: int) -> list[records.Record]:
-  """The first held-out records of a run, for people to look at."""
-  source_cfg = (cfg.eval_data or cfg.data).sources[0]
-  source = records.open_source(source_cfg)
-  first = source_cfg.first
-  return [source[i] for i in range(first, min(first + count, len(source)))]
+def shown(
+  cfg: TrainConfig, count: int, make: Callable[[records.Record, int], Any]
+) -> list[Any]:
+  """`shown_of` the first held-out source of a run."""
+  return shown_of((cfg.eval_data or cfg.data).sources[0], count, make)
+
+
+def shown_of(
+  cfg: SourceConfig, count: int, make: Callable[[records.Record, int], Any]
+) -> list[Any]:
+  """What is made of the first good records of a source, to look at.
+
+  Args:
+    cfg: of the source.
+    count: records at most; there are fewer where few are good.
+    make: record, its number -> what is shown. InputError: the record is no
+      good; it is passed over as in training, which says so.
+  Raises:
+    InputError: the source can't be opened.
+  """
+  source, found = records.open_source(cfg), []
+  used = cfg.count or len(source)
+  last = min(cfg.first + min(used, _TRIES * count), len(source))
+  for i in range(cfg.first, last):
+    if len(found) == count:
+      break
+    try:
+      found.append(make(source[i], i))
+    except InputError:
+      continue
+  return found

@@ -242,10 +242,13 @@ class _Preview:
     del step_
     rows = self._rows
     if self._shown is None:
-      self._shown = [
-        rows.grids.pixels(records.image_of(record), None)
-        for record in shown(self._cfg, _PREVIEWS)
-      ]
+      self._shown = shown(
+        self._cfg,
+        _PREVIEWS,
+        lambda record, _: rows.grids.pixels(records.image_of(record), None),
+      )
+    if not self._shown:
+      return []
     asked = rows.question(CAPTION)
     tokens = np.full(
       (len(self._shown), rows.length), rows.tokenizer.pad_id, np.int32

@@ -158,9 +158,10 @@ class _Preview:
   def _some_images(self):
     """(key, u8[H, W, 3]) of the first held-out records, whole but for rims."""
     factor = self._model.factor
-    found = []
-    for record in shown(self._cfg, _PREVIEWS):
+
+    def make(record, _):
       image = np.asarray(records.image_of(record))
       h, w = (n // factor * factor for n in image.shape[:2])
-      found.append((record["key"], image[:h, :w]))
-    return found
+      return record["key"], image[:h, :w]
+
+    return shown(self._cfg, _PREVIEWS, make)
