@@ -295,6 +295,29 @@ def test_vae_stage_exports_a_flux1_folder(tmp_path):
   assert again[0].caption.startswith("signs/validation/0")
 
 
+@pytest.mark.parametrize(
+  ("size", "shape"),
+  [
+    ((96, 96), (96, 96)),
+    ((101, 30), (24, 96)),
+    ((2480, 3508), (512, 512)),
+    ((2000, 20), (16, 512)),
+    ((5, 40), (40, 8)),
+  ],
+)
+def test_vae_previews_are_whole_cells_and_not_too_many(size, shape):
+  made = stage_lib._middle(Image.new("RGB", size), 8)
+  assert made.shape == (*shape, 3)
+
+
+def test_vae_previews_show_the_middle_as_it_is():
+  x = np.broadcast_to(np.arange(1000) % 256, (600, 1000))
+  y = np.broadcast_to(np.arange(600)[:, None] % 256, x.shape)
+  picture = np.stack([y, x, x], axis=-1).astype(np.uint8)
+  made = stage_lib._middle(Image.fromarray(picture), 8)
+  assert (made == picture[44:556, 244:756]).all()
+
+
 @pytest.mark.parametrize("size", ["7b", "tiny"])
 def test_vae_program_builds_from_its_config(size):
   cfg, arch = parsed(size)

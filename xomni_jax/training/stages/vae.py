@@ -34,6 +34,7 @@ from xomni_jax.training.stages.vae_program import program
 __all__ = ["fit_scale", "program", "stage"]
 
 _PREVIEWS = 4
+_SIDE = 512  # px of a preview at most: a page at 300 dpi would take 4.5 GB
 _SCALE_BATCHES = 8  # that the latents' mean and deviation are taken over
 
 
@@ -156,12 +157,18 @@ class _Preview:
     return found
 
   def _some_images(self):
-    """(key, u8[H, W, 3]) of the first held-out records, whole but for rims."""
-    factor = self._model.factor
-
-    def make(record, _):
-      image = np.asarray(records.image_of(record))
-      h, w = (n // factor * factor for n in image.shape[:2])
-      return record["key"], image[:h, :w]
-
+    """(key, u8[H, W, 3]) of the first held-out records."""
+    make = lambda record, _: (
+      record["key"],
+      _middle(records.image_of(record), self._model.factor),
+    )
     return shown(self._cfg, _PREVIEWS, make)
+
+
+def _middle(image: Image.Image, factor: int) -> np.ndarray:
+  """u8[H, W, 3] of a picture, whole but for rims unless it is large."""
+  # As in crops, what is smaller than a latent cell is enlarged.
+  image = image.resize([max(n, factor) for n in image.size])
+  w, h = (min(n, _SIDE) // factor * factor for n in image.size)
+  left, top = (image.width - w) // 2, (image.height - h) // 2
+  return np.asarray(image.crop((left, top, left + w, top + h)))
