@@ -12,6 +12,11 @@ from xomni_jax.train_config import DataConfig, SourceConfig
 # Losses of random codes are about 5; sums over rows come in another order.
 TOLERANCE = 1e-5
 QUICK = "--config.report.eval_every=0"  # one program less to compile
+PHASES = {
+  "vae": ("1_crops", "2_whole"),
+  "tokenizer": ("1_signs", "2_all"),
+  "decoder": ("1_all",),
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,8 @@ def test_processes_share_out_the_same_global_batches(tmp_path):
 def test_runs_go_on_with_other_numbers_of_processes(folder, counts):
   workdir = folder / f"by-{counts}"
   # A picture is due at the end, when there are two processes.
-  given = (folder / "run.py", workdir, QUICK, "--config.report.preview_every=9")
+  shown = ("--config.report.preview_every=9", "--config.report.profile=(6, 7)")
+  given = (folder / "run.py", workdir, QUICK, *shown)
   for i, count in enumerate(counts):
     last = i + 1 == len(counts)
     if last:
@@ -82,14 +88,14 @@ def test_runs_go_on_with_other_numbers_of_processes(folder, counts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["data", "fsdp"])
-@pytest.mark.parametrize("name", ["vae", "tokenizer", "decoder"])
+@pytest.mark.parametrize("name", PHASES)
 def test_two_processes_train_a_stage_as_one_does(tmp_path, name, axis):
   config = runs.ROOT / "configs" / f"{name}.py:tiny"
   given = [
     f"--config.{setting}"
     for setting in (
-      "phases.1_all.steps=4",
-      "phases.1_all.warmup_steps=0",
+      *(f"phases.{x}.steps={4 // len(PHASES[name])}" for x in PHASES[name]),
+      *(f"phases.{x}.warmup_steps=0" for x in PHASES[name]),
       "optim.lr=1e-4",
       "global_batch=4",
       "checkpoint.every=2",
@@ -97,7 +103,6 @@ def test_two_processes_train_a_stage_as_one_does(tmp_path, name, axis):
       "report.eval_every=4",
       "report.eval_batches=1",
       "report.preview_every=4",
-      "report.profile=(1, 3)",
       "mesh.data=1",
       f"mesh.{axis}=-1",
     )
