@@ -1,9 +1,9 @@
 """Sources of records: every kind gives its records, or says what is wrong."""
 
+import concurrent.futures
 import io
 import json
 import pickle
-import threading
 
 import numpy as np
 import pyarrow as pa
@@ -279,18 +279,9 @@ def test_sources_read_the_same_from_threads_and_after_pickling(tmp_path):
   for folder in ("a", "b"):
     got = source(tmp_path / folder)
     expected = [got[i]["text"] for i in range(20)]
-    wrong = []
-
-    def read(got=got, expected=expected, wrong=wrong):
-      wrong.extend(
-        i for i in range(20) if got[19 - i]["text"] != expected[19 - i]
-      )
-
-    threads = [threading.Thread(target=read) for _ in range(6)]
-    for thread in threads:
-      thread.start()
-    for thread in threads:
-      thread.join()
-    assert not wrong
+    read = lambda _, got=got: [got[i]["text"] for i in reversed(range(20))]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+      for found in pool.map(read, range(6)):  # raises what a read raises
+        assert found == expected[::-1]
     again = pickle.loads(pickle.dumps(got))
     assert [again[i]["text"] for i in range(20)] == expected
