@@ -1,9 +1,13 @@
 """Sources of records: every kind gives its records, or says what is wrong."""
 
 import concurrent.futures
+import contextlib
 import io
 import json
+import os
+import pathlib
 import pickle
+import resource
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +15,8 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from xomni_jax.data import records, shards
-from xomni_jax.errors import InputError
+from xomni_jax.data import records, shards, tables
+from xomni_jax.errors import InputError, RunError
 from xomni_jax.train_config import SourceConfig
 
 
@@ -285,3 +289,68 @@ def test_sources_read_the_same_from_threads_and_after_pickling(tmp_path):
         assert found == expected[::-1]
     again = pickle.loads(pickle.dumps(got))
     assert [again[i]["text"] for i in range(20)] == expected
+
+
+def many(folder, kind, count):
+  """A source of as many files of a record each."""
+  folder.mkdir()
+  for n in range(count):
+    if kind == "shards":
+      records.write_records(folder / f"{n}.array_record", [{"text": f"{n}"}])
+    else:
+      table = pa.Table.from_pylist([{"text": f"{n}"}])
+      parquet.write_table(table, folder / f"{n}.parquet")
+  return source(folder)
+
+
+def open_files():
+  return len([*pathlib.Path("/proc/self/fd").iterdir()])
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet"])
+def test_few_files_stay_open_while_threads_read_many(
+  tmp_path, kind, monkeypatch
+):
+  module = {"shards": shards, "parquet": tables}[kind]
+  monkeypatch.setattr(module, "OPEN_FILES", 3)
+  got, before = many(tmp_path / kind, kind, 12), open_files()
+  expected = sorted(str(n) for n in range(12))
+  read = lambda _: [got[i]["text"] for _ in range(9) for i in range(12)]
+  with concurrent.futures.ThreadPoolExecutor(6) as pool:
+    for found in pool.map(read, range(6)):
+      assert sorted(found) == sorted(expected * 9)
+  assert open_files() - before <= 3
+  again = pickle.loads(pickle.dumps(got))
+  assert [again[i]["text"] for i in range(12)] == read(0)[:12]
+
+
+@pytest.fixture
+def no_more_files():
+  """To call: from then on no file can be opened."""
+  limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), []
+
+  def hold():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files() + 8, limits[1]))
+    with contextlib.suppress(OSError):
+      while True:
+        held.append(os.open(os.devnull, os.O_RDONLY))
+
+  yield hold
+  for file in held:
+    os.close(file)
+  resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet", "images"])
+def test_too_many_open_files_are_no_damaged_data(tmp_path, kind, no_more_files):
+  if kind == "images":
+    (tmp_path / "a.png").write_bytes(png(1))
+    got = source(tmp_path)
+    read = lambda: records.image_of(got[0])
+  else:
+    got = many(tmp_path / kind, kind, 2)
+    read = lambda: got[0]
+  no_more_files()
+  # As an InputError it would count as a bad record.
+  with pytest.raises(RunError, match=r"too many open files.*ulimit -n"):
+    read()

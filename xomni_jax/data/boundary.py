@@ -1,15 +1,28 @@
 """Checks that several readers of this folder share."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 
-from xomni_jax.errors import InputError
+from xomni_jax.errors import InputError, RunError
 
 
-def unreadable(name: str, error: Exception, advice: str) -> InputError:
-  """The error, on one line, for a file that some parser choked on."""
-  reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+def unreadable(
+  name: str, error: Exception, advice: str
+) -> InputError | RunError:
+  """The error, on one line, for a file that some parser choked on.
+
+  A RunError where nothing is wrong with the file: no more can be opened.
+  """
+  reason = " ".join(f"{type(error).__name__}: {error}".split())
+  if os.strerror(errno.EMFILE) in reason:  # parsers have no errno to look at
+    return RunError(
+      f"{name} can't be read (too many open files); allow this process more "
+      "of them (ulimit -n)"
+    )
+  reason = reason[:300]
   return InputError(f"{name} can't be read ({reason}), expected {advice}")
 
 

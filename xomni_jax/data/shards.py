@@ -18,6 +18,7 @@ from array_record.python import array_record_module
 from xomni_jax.data import fields
 from xomni_jax.data.boundary import unreadable
 from xomni_jax.data.fields import Record
+from xomni_jax.data.recent import OPEN_FILES, Recent
 from xomni_jax.errors import InputError
 
 SUFFIX = ".array_record"
@@ -37,13 +38,17 @@ class Shards:
     ]
     self._ends = np.array([0, *itertools.accumulate(counts)])
     self._lengths: dict[str, np.ndarray] = {}  # asked for, by task
-    self._lock, self._readers = threading.Lock(), {}
+    self._open()
+
+  def _open(self):
+    self._lock, self._readers = threading.Lock(), Recent(OPEN_FILES)
 
   def __getstate__(self):
-    return self.__dict__ | {"_lock": None, "_readers": {}}
+    return self.__dict__ | {"_lock": None, "_readers": None}
 
   def __setstate__(self, state):
-    self.__dict__.update(state, _lock=threading.Lock())
+    self.__dict__.update(state)
+    self._open()
 
   def __len__(self) -> int:
     return int(self._ends[-1])
@@ -98,17 +103,20 @@ class Shards:
 
   def _reader(self, shard):
     with self._lock:
-      if shard not in self._readers:
-        reader = _open_reader(self._paths[shard])
-        expected = int(self._ends[shard + 1] - self._ends[shard])
-        if reader.num_records() != expected:
-          # A truncated file reads as one of no records.
-          raise InputError(
-            f"the shard has {reader.num_records()} records, expected "
-            f"{expected}; write or fetch it again"
-          )
-        self._readers[shard] = reader
-      return self._readers[shard]
+      return self._readers.get(shard, lambda: self._checked(shard))
+
+  def _checked(self, shard):
+    """A reader of a shard; raises InputError if it has lost records."""
+    reader = _open_reader(self._paths[shard])
+    found = _records(reader)
+    expected = int(self._ends[shard + 1] - self._ends[shard])
+    if found != expected:
+      # A truncated file reads as one of no records.
+      raise InputError(
+        f"the shard has {found} records, expected {expected}; write or fetch "
+        "it again"
+      )
+    return reader
 
 
 def _open_reader(path):
@@ -118,10 +126,17 @@ def _open_reader(path):
   )
 
 
+def _records(reader):
+  """How many a reader has; raises what kept it from opening its file."""
+  if not reader.ok():
+    reader.read([0])  # no other method says why
+  return reader.num_records()
+
+
 def _count(path):
   """Records of a shard without a table beside it."""
   try:
-    count = _open_reader(path).num_records()
+    count = _records(_open_reader(path))
   except Exception as e:  # whatever Riegeli meets
     raise unreadable(str(path), e, "an intact ArrayRecord file") from None
   if not count:

@@ -1,6 +1,5 @@
 """Records out of Parquet, JSONL and folders of images."""
 
-import collections
 import itertools
 import json
 import pathlib
@@ -12,6 +11,7 @@ import numpy as np
 from xomni_jax.data import fields
 from xomni_jax.data.boundary import unreadable
 from xomni_jax.data.fields import Record
+from xomni_jax.data.recent import OPEN_FILES, Recent
 from xomni_jax.errors import InputError
 
 IMAGE_NAMES = r".*\.(png|jpe?g|webp|bmp|gif|tiff?)"
@@ -45,8 +45,8 @@ class Parquet:
     self._open()
 
   def _open(self):
-    self._lock, self._files = threading.Lock(), {}
-    self._cache = collections.OrderedDict()
+    self._lock = threading.Lock()
+    self._files, self._tables = Recent(OPEN_FILES), Recent(_CACHED_GROUPS)
 
   def __getstate__(self):
     return {k: self.__dict__[k] for k in ("_paths", "_groups", "_ends")}
@@ -88,20 +88,14 @@ class Parquet:
     """The table of a row group."""
     # One lock for all: a ParquetFile is not safe to read from two threads.
     with self._lock:
-      if place not in self._cache:
-        self._cache[place] = self._read_group(*self._groups[place])
-        while len(self._cache) > _CACHED_GROUPS:
-          self._cache.popitem(last=False)
-      self._cache.move_to_end(place)
-      return self._cache[place]
+      read = lambda: self._read_group(*self._groups[place])
+      return self._tables.get(place, read)
 
   def _read_group(self, n, group):
     from pyarrow import parquet
 
     try:
-      if n not in self._files:
-        self._files[n] = parquet.ParquetFile(self._paths[n])
-      file = self._files[n]
+      file = self._files.get(n, lambda: parquet.ParquetFile(self._paths[n]))
       names = [c for c in file.schema_arrow.names if c in fields.FIELDS]
       return file.read_row_group(group, columns=names, use_threads=False)
     except Exception as e:  # pyarrow's own, OSError
