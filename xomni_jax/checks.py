@@ -5,6 +5,7 @@ import fcntl
 import os
 import pathlib
 import time
+import uuid
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -78,6 +79,15 @@ def alone(folder: str | os.PathLike) -> Iterator[None]:
     os.close(handle)
 
 
+def beside(path: pathlib.Path) -> pathlib.Path:
+  """A hidden name beside `path` that nothing else has.
+
+  Not made of a process's number: on a disk that hosts share, two of them often
+  have the same one, as the first processes of pods do.
+  """
+  return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A name beside `path` to write to, which replaces it if nothing fails.
@@ -85,7 +95,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     InputError: it can't be written; `path` is as it was.
   """
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  temporary = beside(path)
   try:
     yield temporary
     temporary.replace(path)

@@ -121,6 +121,21 @@ def test_shard_is_written_whole_or_not_at_all(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_shards_written_at_the_same_time_are_whole(tmp_path):
+  """By one process number, as on hosts that share a disk."""
+  path = tmp_path / "a.array_record"
+
+  def slowly():
+    yield full_record(0)
+    records.write_records(path, [full_record(5)])
+    yield full_record(1)
+
+  records.write_records(path, slowly())
+  got = source(path)
+  assert [got[i]["key"] for i in range(len(got))] == ["k0", "k1"]
+  assert len([*tmp_path.iterdir()]) == 2  # and the table
+
+
 class Lossy:
   """A writer that loses all but the first record, and says nothing."""
 

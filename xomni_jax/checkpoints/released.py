@@ -9,9 +9,9 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -271,7 +271,8 @@ def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
     raise InputError(
       f"{out}: exists already; name a new folder, or remove it first"
     )
-  staging = out.with_name(f"{out.name}.partial-{os.getpid()}")
+  # To be seen, for a kill may leave gigabytes. See `checks.beside`: no pid.
+  staging = out.with_name(f"{out.name}.partial-{uuid.uuid4().hex}")
   made = [parent for parent in out.parents if not parent.exists()]
   try:
     staging.mkdir(parents=True)

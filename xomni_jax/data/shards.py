@@ -15,6 +15,7 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_module
 
+from xomni_jax.checks import beside
 from xomni_jax.data import fields
 from xomni_jax.data.boundary import unreadable
 from xomni_jax.data.fields import Record
@@ -184,7 +185,7 @@ def write_records(
   path = pathlib.Path(path)
   if path.suffix != SUFFIX:
     raise InputError(f"{path}: expected a name that ends in {SUFFIX}")
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  temporary = beside(path)
   table = _table_path(temporary)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
