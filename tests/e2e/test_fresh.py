@@ -5,10 +5,12 @@ import json
 import re
 import shutil
 
+import huggingface_hub
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 import xomni_jax
 from tests.helpers import GOLDEN, read_folder
@@ -193,6 +195,40 @@ def test_replacing_the_autoencoder_changes_it_and_its_scale_alone(tmp_path):
     "vae/diffusion_pytorch_model.safetensors",
   }:
     assert (out / name).read_bytes() == (FLUX1 / name).read_bytes(), name
+
+
+def test_copied_flux_folder_has_the_index_of_the_hubs(tmp_path, monkeypatch):
+  source = shutil.copytree(FLUX1, tmp_path / "source")
+  index = source / "model_index.json"
+  index.write_text('{"_class_name": "Theirs"}')
+
+  def download(name, allow_patterns):
+    names = [p.relative_to(source).as_posix() for p in source.rglob("*.*")]
+    for each in filter_repo_objects(names, allow_patterns=allow_patterns):
+      (tmp_path / "cache" / each).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(source / each, tmp_path / "cache" / each)
+    return tmp_path / "cache"
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  fresh.replace_flux1("owner/flux", tmp_path / "out", {})
+  assert read_json(tmp_path / "out/model_index.json") == read_json(index)
+  index.unlink()  # such as an earlier download left
+  fresh.replace_flux1(source, tmp_path / "other", {})
+  found = read_json(tmp_path / "other/model_index.json")
+  assert found == released_json.model_index_json()
+
+
+def test_configs_are_not_those_of_the_model_that_a_tokenizer_lies_in(tmp_path):
+  opened, out = checkpoint.open_checkpoint(SOURCE), tmp_path / "out"
+  parts = {**opened.parts, "flux": checkpoint.open_flux(opened)[1]}
+  golden = {name: load_part(part) for name, part in parts.items()}
+  sizes = load_architecture("configs/model.py:tiny")
+  fresh.write_xomni(out, sizes, TRANSFORM, DECODER, SOURCE, golden)
+  cfg = checkpoint.open_checkpoint(out).config
+  assert (cfg.transform, cfg.decoder) == (TRANSFORM, DECODER)
+  assert opened.config.decoder != DECODER
+  ours = released_json.generation_json(cfg)
+  assert read_json(out / "generation_config.json") == ours
 
 
 def test_folders_that_exist_are_refused(arch, live, folders, tmp_path):

@@ -26,6 +26,7 @@ FOLDERS = (
   "tokenizer_2",
   "vae",
 )
+INDEX = "model_index.json"  # by which diffusers' pipelines know the folders
 # Where a part's weights are, and the stem of their files.
 WEIGHTS = {
   "vae": ("vae", "diffusion_pytorch_model"),
@@ -60,7 +61,7 @@ def open_flux1(path_or_id: str | pathlib.Path) -> Flux1:
   folder = (
     named.flux1
     if named
-    else resolve(path_or_id, [f"{name}/*" for name in FOLDERS])
+    else resolve(path_or_id, [INDEX, *(f"{name}/*" for name in FOLDERS)])
   )
 
   def read(name, parse, file="config.json"):

@@ -153,13 +153,14 @@ def write_xomni(
   }
   kind = _dtype_name(params["ar"], dtype)
   with released.staged(pathlib.Path(out)) as folder:
+    # First, since a tokenizer's folder may be a model's, with its configs.
+    _copy_files(pathlib.Path(tokenizer_folder), folder)
     released.write_json(
       folder / "config.json", released_json.xomni_json(cfg, kind)
     )
     released.write_json(
       folder / "generation_config.json", released_json.generation_json(cfg)
     )
-    _copy_files(pathlib.Path(tokenizer_folder), folder)
     (folder / cfg.flux_path).mkdir()
     released.write_json(
       folder / cfg.flux_path / "config.json",
@@ -196,7 +197,7 @@ def write_flux1(
   }
   to_json = released_json
   with released.staged(pathlib.Path(out)) as folder:
-    released.write_json(folder / "model_index.json", to_json.model_index_json())
+    released.write_json(folder / flux1.INDEX, to_json.model_index_json())
     for name in flux1.FOLDERS:
       (folder / name).mkdir()
     for name, source in zip(
@@ -289,9 +290,13 @@ def replace_flux1(
   }
   trained = {flux1.WEIGHTS[name][0] for name in params}
   with released.staged(pathlib.Path(out)) as folder:
-    index = opened.folder / "model_index.json"
+    index = opened.folder / flux1.INDEX
     if index.exists():
-      shutil.copyfile(index, folder / index.name)
+      shutil.copyfile(index, folder / flux1.INDEX)
+    else:
+      released.write_json(
+        folder / flux1.INDEX, released_json.model_index_json()
+      )
     for name in flux1.FOLDERS:
       (folder / name).mkdir()
       _copy_files(
