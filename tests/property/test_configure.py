@@ -238,19 +238,53 @@ def test_options_of_every_stage_have_a_dataclass():
   assert set(OPTIONS) == set(STAGES)
 
 
-def test_start_that_a_kill_left_half_made_is_made_again(tmp_path, monkeypatch):
-  config = read("vae")
-  cfg, arch = configure.parse(config, "vae")
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+  """start(setting, ...): how many starts were made, this one included."""
+  made = []
 
-  def write(xomni, flux1, *_, **__):
-    xomni.mkdir()
+  def write(xomni, flux1, arch, key, **_):
+    xomni.mkdir(parents=True)
     flux1.mkdir()
+    made.append(key)
+
+  def run(*settings):
+    config = read("vae")
+    configure.override(config, settings)
+    cfg, arch = configure.parse(config, "vae")
+    started = build._with_start(cfg, arch, config, tmp_path)
+    assert started.init.flux == str(tmp_path / "start" / "flux1")
+    return len(made)
 
   monkeypatch.setattr(build.fresh, "write_fresh", write)
-  (tmp_path / "xomni").mkdir()
-  started = build._with_start(cfg, arch, config, tmp_path)
-  assert started.init.flux == str(tmp_path / "flux1")
-  assert (tmp_path / "flux1").is_dir()
+  return run
+
+
+def test_start_that_a_kill_left_half_made_is_made_again(tmp_path, start):
+  (tmp_path / "start" / "xomni").mkdir(parents=True)
+  assert start() == 1
+  assert (tmp_path / "start" / "flux1").is_dir()
+  assert start() == 1
+
+
+def test_start_of_another_seed_or_size_is_made_anew(start):
+  assert [start(), start("seed=1"), start("seed=1")] == [1, 2, 2]
+  size = "architecture.ar.num_hidden_layers=6"
+  assert [start(size), start(size), start("decoder.cfg_scale=3.0")] == [3, 3, 4]
+
+
+def test_start_of_a_run_with_checkpoints_stays_and_says_so(
+  tmp_path, start, capsys
+):
+  assert start() == 1
+  checkpoint = tmp_path / "checkpoints" / "2"
+  checkpoint.mkdir(parents=True)
+  (checkpoint / "manifest.json").touch()
+  assert start() == 1
+  assert not capsys.readouterr().out
+  assert start("seed=1") == 1
+  (line,) = capsys.readouterr().out.splitlines()
+  assert "made of another seed than the config has; it stays" in line
 
 
 def test_start_of_a_run_that_saved_nothing_follows_its_config(

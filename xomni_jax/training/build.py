@@ -1,6 +1,7 @@
 """A stage out of a run's settings: which files it starts from."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
 
@@ -8,7 +9,8 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from xomni_jax.checkpoints import run_config
+from xomni_jax.checkpoints import manifest, run_config
+from xomni_jax.checkpoints.released_config import read_json
 from xomni_jax.config import Architecture
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint, fresh
@@ -16,6 +18,8 @@ from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import configure
 from xomni_jax.training.stage import Program, Stage
 from xomni_jax.training.stages import ar, decoder, grpo, tokenizer, vae
+
+_MADE_OF = "made_of.json"  # in a start, beside its two folders
 
 
 def program(
@@ -45,7 +49,7 @@ def stage(
   Raises:
     InputError: folders or data do not fit the config.
   """
-  cfg = _with_start(cfg, arch, config, pathlib.Path(workdir) / "start")
+  cfg = _with_start(cfg, arch, config, pathlib.Path(workdir))
   if cfg.stage == "vae":
     return vae.stage(cfg, arch)
   opened = checkpoint.open_checkpoint(cfg.init.model)
@@ -62,7 +66,7 @@ def stage(
   return decoder.stage(cfg, arch, opened)
 
 
-def _with_start(cfg, arch, config, folder):
+def _with_start(cfg, arch, config, workdir):
   """The config with `init.model` and `init.flux` named."""
   init = cfg.init
   needs_flux = cfg.stage in ("vae", "decoder", "grpo")
@@ -75,33 +79,62 @@ def _with_start(cfg, arch, config, folder):
       "one; give --config.init.model=FOLDER, such as what stage tokenizer "
       "left in its WORKDIR/model"
     )
-  xomni, flux1 = folder / "xomni", folder / "flux1"
-  whole = lambda: xomni.exists() and flux1.exists()
-  # Until a run has saved anything its config may change, seed and sizes too.
-  made = whole() and run_config.has_made(folder.parent)
-  if jax.process_index() == 0 and not made:
-    for half in (xomni, flux1):  # what a kill left
-      shutil.rmtree(half, ignore_errors=True)
-    fresh.write_fresh(
-      xomni,
-      flux1,
-      arch,
-      jax.random.key(cfg.seed),
-      transform=configure.section(
-        config, "transform", "TransformConfig", "config"
-      ),
-      decoder=configure.section(config, "decoder", "DecoderConfig", "config"),
-    )
+  folder = workdir / "start"
+  if jax.process_index() == 0:
+    _make_start(cfg, arch, config, folder, run_config.has_made(workdir))
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("start")
-  if not whole():
+  if not _is_whole(folder):
     raise InputError(
       f"{folder}: made by process 0, but not to be seen here; put --workdir on "
       "a file system that all processes share"
     )
   init = dataclasses.replace(
     init,
-    model=init.model or str(xomni),
-    flux=init.flux or (str(flux1) if needs_flux else ""),
+    model=init.model or str(folder / "xomni"),
+    flux=init.flux or (str(folder / "flux1") if needs_flux else ""),
   )
   return dataclasses.replace(cfg, init=init)
+
+
+def _make_start(cfg, arch, config, folder, has_begun):
+  """Makes the two folders of a start, unless they are there and as asked for.
+
+  Of a run that has begun they stay what it began with.
+  """
+  transform, decoder = (
+    configure.section(config, name, kind, "config")
+    for name, kind in (
+      ("transform", "TransformConfig"),
+      ("decoder", "DecoderConfig"),
+    )
+  )
+  of = {"architecture": arch, "transform": transform, "decoder": decoder}
+  of = {name: dataclasses.asdict(sizes) for name, sizes in of.items()}
+  wanted = json.loads(json.dumps({"seed": cfg.seed, **of}))  # tuples as lists
+  record = folder / _MADE_OF
+  made_of = read_json(record) if record.exists() else {}
+  differ = [name for name, x in wanted.items() if made_of.get(name) != x]
+  if _is_whole(folder) and (has_begun or not differ):
+    if made_of and differ:
+      print(
+        f"{folder} was made of another {', '.join(differ)} than the config "
+        "has; it stays, as the run began with it",
+        flush=True,
+      )
+    return
+  # What a kill left, or a try with another config.
+  shutil.rmtree(folder, ignore_errors=True)
+  fresh.write_fresh(
+    folder / "xomni",
+    folder / "flux1",
+    arch,
+    jax.random.key(cfg.seed),
+    transform=transform,
+    decoder=decoder,
+  )
+  manifest.write_json(record, wanted)
+
+
+def _is_whole(folder):
+  return all((folder / half).exists() for half in ("xomni", "flux1"))
