@@ -274,18 +274,17 @@ class InitConfig:
   """Where parameters come from; what is not named is drawn at random.
 
   Attributes:
-    model: X-Omni folder in the released layout, or hub id.
+    model: X-Omni folder in the released layout, or hub id; its text tokenizer
+      is also that of what is trained.
     flux: FLUX.1-dev folder or hub id: autoencoder, text encoders, tokenizers.
     qwen: Qwen2.5 folder or hub id, in Hugging Face layout: the AR model's
-      `lm` stack, text embedding, norm and head; the tokenizer's LM.
-    tokenizer: folder of the AR model's tokenizer; "": that of `model`, or one
-      built from the text of the drawn world.
+      `lm` stack, text embedding, norm and head; the tokenizer's LM. Needs a
+      `model` with a tokenizer of Qwen's vocabulary.
   """
 
   model: str = ""
   flux: str = ""
   qwen: str = ""
-  tokenizer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

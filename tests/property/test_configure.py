@@ -238,6 +238,24 @@ def test_options_of_every_stage_have_a_dataclass():
   assert set(OPTIONS) == set(STAGES)
 
 
+# A model is trained, shown and exported with the tokenizer in its folder.
+
+
+def test_tokenizer_can_not_be_another_than_the_models():
+  with pytest.raises(InputError, match=r"'init\.tokenizer=x' names no setting"):
+    configure.override(read("pretrain"), ["init.tokenizer=x"])
+
+
+def test_qwen_is_not_joined_to_the_drawn_worlds_tokenizer(tmp_path):
+  config = read("tokenizer", "7b")
+  configure.override(config, ["init.qwen=Qwen/Qwen2.5-1.5B"])
+  cfg, arch = configure.parse(config, "tokenizer")
+  with pytest.raises(InputError, match=r"init\.model names no model") as error:
+    build.stage(cfg, arch, config, tmp_path)
+  assert "\n" not in str(error.value)
+  assert not any(tmp_path.iterdir())
+
+
 @pytest.fixture
 def start(tmp_path, monkeypatch):
   """start(setting, ...): how many starts were made, this one included."""

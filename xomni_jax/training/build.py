@@ -79,6 +79,14 @@ def _with_start(cfg, arch, config, workdir):
       "one; give --config.init.model=FOLDER, such as what stage tokenizer "
       "left in its WORKDIR/model"
     )
+  if init.qwen and needs_model and not init.model:
+    # Its embeddings would be those of other tokens.
+    raise InputError(
+      f"config: init.qwen is {init.qwen}, but init.model names no model, and "
+      "one made from nothing has a tokenizer of the drawn world's words; give "
+      "--config.init.model=FOLDER, of a model with Qwen's vocabulary, such as "
+      "X-Omni"
+    )
   folder = workdir / "start"
   if jax.process_index() == 0:
     _make_start(cfg, arch, config, folder, run_config.has_made(workdir))

@@ -123,9 +123,7 @@ def stage(
     opened: the model folder: its tokenizer, and what does not train here.
   """
   tokenizer = protocol.load_tokenizer(
-    cfg.init.tokenizer or opened.folder,
-    arch.ar.vocab_size,
-    arch.ar.image_vocab_size,
+    opened.folder, arch.ar.vocab_size, arch.ar.image_vocab_size
   )
   process = (jax.process_index(), jax.process_count())
 

@@ -133,9 +133,7 @@ class _Run:
     self._cfg, self._arch, self._decoder, self._rows = cfg, arch, decoder, rows
     self._files = {**opened.parts, **decoder.parts}
     self._tokenizer = protocol.load_tokenizer(
-      cfg.init.tokenizer or opened.folder,
-      arch.ar.vocab_size,
-      arch.ar.image_vocab_size,
+      opened.folder, arch.ar.vocab_size, arch.ar.image_vocab_size
     )
     per_rollout = rows // opts.group_size
     prompts = lambda data: Prompts(data, cfg.seed, per_rollout, opts.sizes)

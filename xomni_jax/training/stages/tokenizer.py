@@ -59,9 +59,7 @@ def stage(
     InputError: sizes, files or data do not fit each other.
   """
   tokenizer = protocol.load_tokenizer(
-    cfg.init.tokenizer or opened.folder,
-    arch.ar.vocab_size,
-    arch.ar.image_vocab_size,
+    opened.folder, arch.ar.vocab_size, arch.ar.image_vocab_size
   )
   opts = cfg.options
   rows = QuestionRows(
