@@ -261,10 +261,10 @@ def start(tmp_path, monkeypatch):
   """start(setting, ...): how many starts were made, this one included."""
   made = []
 
-  def write(xomni, flux1, arch, key, **_):
+  def write(xomni, flux1, *_, **__):
     xomni.mkdir(parents=True)
     flux1.mkdir()
-    made.append(key)
+    made.append("made")
 
   def run(*settings):
     config = read("vae")
@@ -289,6 +289,18 @@ def test_start_of_another_seed_or_size_is_made_anew(start):
   assert [start(), start("seed=1"), start("seed=1")] == [1, 2, 2]
   size = "architecture.ar.num_hidden_layers=6"
   assert [start(size), start(size), start("decoder.cfg_scale=3.0")] == [3, 3, 4]
+
+
+def test_processes_meet_before_one_of_them_makes_a_start(
+  tmp_path, start, monkeypatch
+):
+  """On CPUs none may be 30 s late when they meet for the first time."""
+  there = []  # a start, whenever they meet
+  meet = lambda name: there.append((tmp_path / "start").exists())
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(build.multihost_utils, "sync_global_devices", meet)
+  start()
+  assert there == [False, True]
 
 
 def test_start_of_a_run_with_checkpoints_stays_and_says_so(

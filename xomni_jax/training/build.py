@@ -87,10 +87,14 @@ def _with_start(cfg, arch, config, workdir):
       "--config.init.model=FOLDER, of a model with Qwen's vocabulary, such as "
       "X-Omni"
     )
-  folder = workdir / "start"
+  folder, several = workdir / "start", jax.process_count() > 1
+  if several:
+    # Connected processes wait for long, but on CPUs the first time they meet
+    # Gloo gives them 30 s, and making a start may take more.
+    multihost_utils.sync_global_devices("before start")
   if jax.process_index() == 0:
     _make_start(cfg, arch, config, folder, run_config.has_made(workdir))
-  if jax.process_count() > 1:
+  if several:
     multihost_utils.sync_global_devices("start")
   if not _is_whole(folder):
     raise InputError(
