@@ -149,7 +149,8 @@ def start(config, workdir, *more, devices: int = 1) -> subprocess.Popen:
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
   """(exit status, standard output, standard error)."""
   try:
-    out, err = process.communicate(timeout=300)
+    # Seconds: of two processes that compile while others need the cores.
+    out, err = process.communicate(timeout=900)
   finally:
     process.kill()
   return process.returncode, out, err
