@@ -12,6 +12,9 @@ from xomni_jax.training import configure
 
 # Losses of random codes are about 5; sums over rows come in another order.
 TOLERANCE = 1e-5
+# First steps of Adam and Muon make much of rounding: gradients of the steps
+# behind them were seen 7e-5 apart.
+STAGES = 3e-4
 QUICK = "--config.report.eval_every=0"  # one program less to compile
 
 
@@ -25,12 +28,12 @@ def folder(tmp_path_factory):
   return folder
 
 
-def assert_close(ours, theirs):
+def assert_close(ours, theirs, tolerance=TOLERANCE):
   assert [x.keys() for x in ours] == [x.keys() for x in theirs]
   for a, b in zip(ours, theirs, strict=True):
     for name, value in a.items():
       # One token of about 100 more or less is right where two are as likely.
-      near = 0.02 if "accuracy" in name else TOLERANCE * max(1, abs(value))
+      near = 0.02 if "accuracy" in name else tolerance * max(1, abs(value))
       assert abs(value - b[name]) <= near, (a["step"], name, value, b[name])
 
 
@@ -117,7 +120,8 @@ def test_two_processes_train_a_stage_as_one_does(tmp_path, name, axis):
   assert alone[0] == 0, alone[2][-3000:]
   results = runs.together(*config_of("two"), count=2)
   assert {r[0] for r in results} == {0}, results[0][2][-3000:]
-  assert_close(runs.metrics(tmp_path / "two"), runs.metrics(tmp_path / "one"))
+  of = lambda workdir: runs.metrics(tmp_path / workdir)
+  assert_close(of("two"), of("one"), STAGES)
   picture = "pictures/samples-0000004.png"
   for workdir in ("one", "two"):
     assert (tmp_path / workdir / picture).exists()
