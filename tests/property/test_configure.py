@@ -317,27 +317,6 @@ def test_start_of_a_run_with_checkpoints_stays_and_says_so(
   assert "made of another seed than the config has; it stays" in line
 
 
-def test_start_of_a_run_that_saved_nothing_follows_its_config(
-  tmp_path, monkeypatch
-):
-  config, made = read("vae"), []
-  cfg, arch = configure.parse(config, "vae")
-
-  def write(xomni, flux1, arch, key, **_):
-    made.append(key)
-    xomni.mkdir(parents=True)
-    flux1.mkdir()
-
-  monkeypatch.setattr(build.fresh, "write_fresh", write)
-  begin = lambda: build._with_start(cfg, arch, config, tmp_path / "start")
-  begin()
-  begin()  # seed and sizes may be others by now
-  assert len(made) == 2
-  (tmp_path / "checkpoints" / "20").mkdir(parents=True)
-  begin()
-  assert len(made) == 2
-
-
 def test_processes_that_nothing_tells_of_are_one_line(monkeypatch):
   def fails(*args):
     raise ValueError("coordinator_address should be\ndefined.")
