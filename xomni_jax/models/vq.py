@@ -10,6 +10,7 @@ from xomni_jax.config import Compute, VQConfig
 from xomni_jax.mesh import constrain
 from xomni_jax.params import Row, abstract_tree, dense, norm, prefixed
 
+_CHUNK = 4096  # vectors whose likeness to all codes exists at once
 _POST_BLOCKS = 2  # fixed in the reference, no config field
 
 
@@ -92,8 +93,10 @@ class VQ(nn.Module):
       # On the unit sphere the nearest row is the one of largest cosine.
       return jnp.argmax(_cosine(z_BwE, codebook), axis=-1)
 
-    # Line by line: all cosines of 16 images of 1152 px are 5.4 GB.
-    codes = jax.lax.map(nearest, jnp.moveaxis(z, 1, 0))
+    # Some lines at once: all cosines of 16 images of 1152 px are 5.4 GB.
+    B, h, w, _ = z.shape
+    lines = min(h, max(1, _CHUNK // (B * w)))
+    codes = jax.lax.map(nearest, jnp.moveaxis(z, 1, 0), batch_size=lines)
     return jnp.moveaxis(codes, 0, 1).astype(jnp.int32)
 
   def decode(self, codes_Bhw: jax.Array) -> jax.Array:
@@ -137,7 +140,7 @@ def quantise(
   codebook_KE: jax.Array,
   temperature: float,
   commitment: float = 0.25,
-  chunk: int = 4096,
+  chunk: int = _CHUNK,
 ) -> Quantised:
   """Codes by index backpropagation (IBQ).
 
