@@ -14,22 +14,13 @@ import sys
 import jax
 import numpy as np
 
-from tests import helpers
+from tests import helpers, train_configs
 from xomni_jax import mesh as mesh_lib
 from xomni_jax.config import Compute
 from xomni_jax.config_files import load_architecture
 from xomni_jax.reward_config import RewardConfig
 from xomni_jax.stage_options import ARTrainOptions, GRPOOptions
-from xomni_jax.train_config import (
-  CheckpointConfig,
-  DataConfig,
-  InitConfig,
-  OptimConfig,
-  Phase,
-  ReportConfig,
-  SourceConfig,
-  TrainConfig,
-)
+from xomni_jax.train_config import OptimConfig
 from xomni_jax.training import layout as layout_lib
 from xomni_jax.training import step as step_lib
 from xomni_jax.training.stages import ar, grpo_program
@@ -72,22 +63,17 @@ GRPO = GRPOOptions(
 def config(
   mesh, accumulate=1, remat="none", chunk=16, stage="pretrain", muon=()
 ):
-  return TrainConfig(
+  return train_configs.train_config(
+    STEPS,
+    "ar/",
     stage=stage,
-    seed=0,
     global_batch=ROWS,
-    phases=(Phase("all", STEPS, ("ar/",)),),
-    data=DataConfig((SourceConfig("none", "text"),), seq_len=LENGTH),
-    eval_data=None,
-    init=InitConfig(),
+    data=train_configs.data(LENGTH),
     optim=OptimConfig(
       lr=1e-2, weight_decay=0.1, accumulate=accumulate, muon=muon
     ),
-    checkpoint=CheckpointConfig(),
-    report=ReportConfig(),
     compute=Compute(scan_layers=True, remat=remat, query_chunk=chunk),
     mesh=tuple(mesh.items()),
-    frozen_dtype="float32",
     options=GRPO if stage == "grpo" else ARTrainOptions(loss_chunk=12),
   )
 

@@ -8,21 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from tests.train_configs import train_config
 from xomni_jax import mesh as mesh_lib
-from xomni_jax.config import Compute
 from xomni_jax.errors import InputError
 from xomni_jax.params import Row
-from xomni_jax.stage_options import ARTrainOptions
-from xomni_jax.train_config import (
-  CheckpointConfig,
-  DataConfig,
-  InitConfig,
-  OptimConfig,
-  Phase,
-  ReportConfig,
-  SourceConfig,
-  TrainConfig,
-)
+from xomni_jax.train_config import OptimConfig, Phase
 from xomni_jax.training import layout as layout_lib
 from xomni_jax.training import optim
 from xomni_jax.training import step as step_lib
@@ -315,23 +305,12 @@ def toy(accumulate=1, ema=0.0):
     tokens=0,
     flops=0.0,
   )
-  cfg = TrainConfig(
-    stage="pretrain",
-    seed=0,
-    global_batch=8,
-    phases=(Phase("all", 4, ("m/[ab]/",)),),
-    data=DataConfig((SourceConfig("none", "text"),), seq_len=1),
-    eval_data=None,
-    init=InitConfig(),
+  cfg = train_config(
+    4,
+    "m/[ab]/",
     optim=OptimConfig(
       lr=1e-2, weight_decay=0.1, accumulate=accumulate, ema=ema
     ),
-    checkpoint=CheckpointConfig(),
-    report=ReportConfig(),
-    compute=Compute(),
-    mesh=(),
-    frozen_dtype="float32",
-    options=ARTrainOptions(),
   )
   rng = np.random.default_rng(5)
   batches = [

@@ -7,29 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import train_runs
+from tests import train_configs, train_runs
 from xomni_jax.checkpoints import manifest
-from xomni_jax.config import Compute
 from xomni_jax.data.feed import Rows
 from xomni_jax.errors import InputError
 from xomni_jax.params import Row
-from xomni_jax.stage_options import ARTrainOptions
-from xomni_jax.train_config import (
-  CheckpointConfig,
-  DataConfig,
-  InitConfig,
-  OptimConfig,
-  Phase,
-  ReportConfig,
-  SourceConfig,
-  TrainConfig,
-)
+from xomni_jax.train_config import CheckpointConfig, ReportConfig
 from xomni_jax.training import log, loop
 from xomni_jax.training.preemption import EXIT_PREEMPTED, Preemption
 from xomni_jax.training.stage import Part, Program, Stage
 
 STEPS = 4
-DATA = DataConfig((SourceConfig("none", "text"),), seq_len=1)
 
 
 class Batches:
@@ -68,21 +56,12 @@ def stage(**how):
 
 def config(**report):
   report = {"log_every": 1, "eval_every": 2, "eval_batches": 1, **report}
-  return TrainConfig(
-    stage="pretrain",
-    seed=0,
-    global_batch=8,
-    phases=(Phase("all", STEPS, ("m/",)),),
-    data=DATA,
-    eval_data=DATA,
-    init=InitConfig(),
-    optim=OptimConfig(lr=1e-2),
+  return train_configs.train_config(
+    STEPS,
+    "m/",
+    eval_data=train_configs.data(),
     checkpoint=CheckpointConfig(every=2),
     report=ReportConfig(**report),
-    compute=Compute(),
-    mesh=(),
-    frozen_dtype="float32",
-    options=ARTrainOptions(),
   )
 
 
