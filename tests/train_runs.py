@@ -8,6 +8,7 @@ so that one boundary (3) lies between checkpoints and one (6) on them.
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -199,9 +200,16 @@ def stopped(config, workdir, *more, step: int, count: int = 1):
   return finish_together(started)
 
 
+# Its threads write at once, so that a line may hold pieces of two of its own.
+OF_GLOO = re.compile(
+  r"(\[Gloo\] Rank | is connected to | ?peer ranks\. "
+  r"|Expected number of connected peer ranks is : |\d)*"
+)
+
+
 def says(out: str) -> list[str]:
   """Lines of standard output but those of the library that connects."""
-  return [x for x in out.splitlines() if x and not x.startswith("[Gloo]")]
+  return [x for x in out.splitlines() if not OF_GLOO.fullmatch(x)]
 
 
 def signal_after(

@@ -2,12 +2,12 @@
 
 import json
 import os
-import pathlib
 import socket
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.train_runs import ROOT, says
+
 DEVICES = "--xla_force_host_platform_device_count=2"
 
 
@@ -36,10 +36,7 @@ def together(what, count, folder):
       process.kill()
   for process, (_, err) in zip(started, outputs, strict=True):
     assert process.returncode in (0, 143), err[-3000:]
-  lines = [
-    [line for line in out.splitlines() if not line.startswith("[Gloo]")]
-    for out, _ in outputs
-  ]
+  lines = [says(out) for out, _ in outputs]
   statuses = [process.returncode for process in started]
   return list(zip(statuses, lines, strict=True))
 
