@@ -151,3 +151,18 @@ def test_checkpoint_comes_before_a_report_that_fails(tmp_path):
   assert train(tmp_path) == 0
   held_out = [x for x in train_runs.metrics(tmp_path) if "held_out/loss" in x]
   assert [x["step"] for x in held_out] == [2, 4]
+
+
+def test_another_config_has_its_model_written_anew(tmp_path):
+  def export(params, folder):
+    folder.mkdir()
+    written.append(float(params["m"]["w"][0]))
+
+  written, made = [], stage(export=export)
+  go_on = lambda settings: loop.train(
+    *(config(), made, tmp_path),
+    settings=settings,
+    allow_config_change=True,
+  )
+  assert [go_on({"form": x}) for x in ("a", "a", "b", "b")] == [0] * 4
+  assert len(written) == 2

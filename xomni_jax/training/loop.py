@@ -76,7 +76,8 @@ def train(
     )
   # A config that failed at once may be mended.
   may_change = allow_config_change or not run_config.has_made(workdir)
-  run_config.check_config(folder, settings, may_change)
+  if run_config.check_config(folder, settings, may_change):
+    (workdir / _EXPORTED).unlink(missing_ok=True)  # it was of the old one
   log = log_lib.Log(workdir, jax.process_index() == 0)
   try:
     with jax.set_mesh(mesh), Preemption() as preemption:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from optax import contrib
 
 from xomni_jax.errors import InputError
@@ -27,6 +28,7 @@ _MUON = "/muon"  # ends the label of a group that it moves
 # The root mean square of its steps is AdamW's, so that one learning rate serves
 # both (arXiv:2502.16982); an orthogonal matrix has 1 / sqrt(longer side).
 _MUON_RMS, _MUON_MOMENTUM = 0.2, 0.95
+_ALIKE = "slice", "data"  # mesh axes over which no parameter is split
 
 
 def rate(phase: Phase, lr: float, local: int) -> float:
@@ -94,6 +96,27 @@ def _sides(row: Row) -> contrib.MuonDimensionNumbers:
   )
 
 
+def _dealt(grad, path, layout: Layout):
+  """A gradient split over the devices that would all compute the same.
+
+  To make a matrix orthogonal may take longer than to find its gradient.
+  """
+  where, sides = layout.sharding(path), _sides(layout.rows[path])
+  axes = tuple(a for a in _ALIKE if where.mesh.shape[a] > 1)
+  ways = math.prod(where.mesh.shape[a] for a in axes)
+  spec = [*where.spec, *(None,) * (grad.ndim - len(where.spec))]
+  # Layers; else what comes first of a side, so that the side is split as well.
+  layers = set(range(grad.ndim)).difference(*sides)
+  firsts = sorted((side[0] for side in sides), key=lambda i: -grad.shape[i])
+  for i in (*sorted(layers), *firsts):
+    if axes and spec[i] is None and grad.shape[i] % ways == 0:
+      spec[i] = axes
+      break
+  return jax.lax.with_sharding_constraint(
+    grad, NamedSharding(where.mesh, PartitionSpec(*spec))
+  )
+
+
 def _longer(shape, sides):
   return max(math.prod(shape[i] for i in side) for side in sides)
 
@@ -150,8 +173,11 @@ def update(
     if paths[0] not in layout.active[phase]:
       continue
     own = {path: params[path] for path in paths}
+    given = {path: grads[path] for path in paths}
+    if label.endswith(_MUON):
+      given = {path: _dealt(g, path, layout) for path, g in given.items()}
     step, state[label] = _transform(cfg, layout, label, paths).update(
-      {path: grads[path] for path in paths}, state[label], own
+      given, state[label], own
     )
     params |= {path: own[path] - lr * step[path] for path in paths}
   return params, state, norm
