@@ -169,6 +169,42 @@ def test_muon_moves_matrices_by_orthogonal_steps(key, shape, pattern, matrix):
   assert list(state) == ["0/muon"]
 
 
+@pytest.mark.parametrize(
+  ("key", "shape", "pattern", "sizes", "part"),
+  [
+    # Layers are matrices of their own: what is done to one concerns no other.
+    ("{i}/kernel", (4, 6, 8), "out in -> in out", {"data": 4}, (1, 6, 8)),
+    ("{i}/kernel", (4, 6, 8), "embed out -> embed out", {"data": 2, "fsdp": 2},
+     (2, 3, 8)),
+    # Three layers: the longer side; 9 x 6 of a convolution against 8.
+    ("{i}/kernel", (3, 6, 8), "out in -> in out", {"data": 2}, (3, 6, 4)),
+    ("k", (3, 3, 6, 8), "out in kh kw -> kh kw in out", {"data": 2},
+     (3, 3, 3, 8)),
+    ("k", (3, 3, 5, 8), "out in kh kw -> kh kw in out", {"data": 2},
+     (3, 3, 5, 4)),
+    # Heads come first of their side.
+    ("k", (4, 5, 7), "embed (h d) -> h d embed", {"slice": 2, "data": 2},
+     (1, 5, 7)),
+    # Whole where nothing can be split evenly, or no device has the same.
+    ("k", (5, 7), "out in -> in out", {"data": 2}, (5, 7)),
+    ("k", (4, 6), "embed out -> embed out", {"fsdp": 2}, (2, 6)),
+  ],
+)  # fmt: skip
+def test_devices_with_the_same_gradient_share_out_muon(
+  key, shape, pattern, sizes, part
+):
+  tree = layout_lib.nest({"kernel": jnp.zeros(shape)})
+  whole = Part([Row("kernel", key, pattern)], tree)
+  mesh = jax.sharding.AbstractMesh(
+    tuple(sizes.get(axis, 1) for axis in mesh_lib.AXES), mesh_lib.AXES
+  )
+  layout = layout_lib.make_layout(
+    {"m": whole}, (Phase("one", 3, ("m/",)),), mesh, "float32"
+  )
+  where = optim.muon_sharding("m/kernel", layout)
+  assert where.shard_shape(shape) == part
+
+
 def test_muon_leaves_the_rest_to_adamw():
   layout = make_layout()
   cfg = dataclasses.replace(CFG, muon=("m/a/kernel",))

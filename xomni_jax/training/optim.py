@@ -96,25 +96,26 @@ def _sides(row: Row) -> contrib.MuonDimensionNumbers:
   )
 
 
-def _dealt(grad, path, layout: Layout):
-  """A gradient split over the devices that would all compute the same.
+def muon_sharding(path: str, layout: Layout) -> NamedSharding:
+  """Where a matrix lies while Muon finds its step.
 
-  To make a matrix orthogonal may take longer than to find its gradient.
+  Devices along `slice` and `data` hold the same gradient, and would all compute
+  the same from it, which may take longer than the gradient did. Each has a part
+  of it instead: layers, or else what comes first of a side, the longer if it
+  can, so that the matrix is split along that side.
   """
-  where, sides = layout.sharding(path), _sides(layout.rows[path])
+  where, shape = layout.sharding(path), layout.shapes[path]
+  sides = _sides(layout.rows[path])
   axes = tuple(a for a in _ALIKE if where.mesh.shape[a] > 1)
   ways = math.prod(where.mesh.shape[a] for a in axes)
-  spec = [*where.spec, *(None,) * (grad.ndim - len(where.spec))]
-  # Layers; else what comes first of a side, so that the side is split as well.
-  layers = set(range(grad.ndim)).difference(*sides)
-  firsts = sorted((side[0] for side in sides), key=lambda i: -grad.shape[i])
-  for i in (*sorted(layers), *firsts):
-    if axes and spec[i] is None and grad.shape[i] % ways == 0:
+  spec = [*where.spec, *(None,) * (len(shape) - len(where.spec))]
+  layers = set(range(len(shape))).difference(*sides)
+  longer_first = sorted(sides, key=lambda s: -math.prod(shape[i] for i in s))
+  for i in (*sorted(layers), *(side[0] for side in longer_first)):
+    if axes and spec[i] is None and shape[i] % ways == 0:
       spec[i] = axes
       break
-  return jax.lax.with_sharding_constraint(
-    grad, NamedSharding(where.mesh, PartitionSpec(*spec))
-  )
+  return NamedSharding(where.mesh, PartitionSpec(*spec))
 
 
 def _longer(shape, sides):
@@ -175,7 +176,10 @@ def update(
     own = {path: params[path] for path in paths}
     given = {path: grads[path] for path in paths}
     if label.endswith(_MUON):
-      given = {path: _dealt(g, path, layout) for path, g in given.items()}
+      given = {
+        path: jax.lax.with_sharding_constraint(g, muon_sharding(path, layout))
+        for path, g in given.items()
+      }
     step, state[label] = _transform(cfg, layout, label, paths).update(
       given, state[label], own
     )
