@@ -2,7 +2,8 @@
 
   xomni train --config=configs/tokenizer.py:tiny --workdir=runs/tokenizer
 
-draws its data and starts from random weights: 8 minutes on 2 CPU cores.
+draws its data and starts from random weights: 10 minutes on 2 slow CPU
+cores (--cpu-devices=auto).
 
   xomni train --config=configs/tokenizer.py:7b --workdir=/mnt/runs/tokenizer \
     --config.init.model=X-Omni --config.init.qwen=Qwen/Qwen2.5-1.5B

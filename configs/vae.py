@@ -2,8 +2,9 @@
 
   xomni train --config=configs/vae.py:tiny --workdir=runs/vae
 
-draws its data and starts from random weights: 9 minutes on 2 CPU cores.
-What it leaves in runs/vae/model is a FLUX.1-dev folder, for configs/decoder.py.
+draws its data and starts from random weights: 14 minutes on 2 slow CPU
+cores (--cpu-devices=auto). What it leaves in runs/vae/model is a FLUX.1-dev
+folder, for configs/decoder.py.
 
   xomni train --config=configs/vae.py:7b --workdir=/mnt/runs/vae \
     --config.init.flux=FLUX.1-dev

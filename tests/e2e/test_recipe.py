@@ -2,10 +2,10 @@
 
 Figures are of signs and posters with words that no training image shows. The
 quick form gives every stage half a minute: losses are to be well below what
-knowing nothing gets, no more. `-m slow` runs the configs as they stand, an hour
-on 2 CPU cores. Given another sign's codes, a language model as good as the
-tokenizer's gets 0.51 of the answers' tokens: what is in every caption, and the
-ends of answers.
+knowing nothing gets, no more. `-m slow` runs the configs as they stand, one
+to two hours on 2 CPU cores. Given another sign's codes, a language model as
+good as the tokenizer's gets 0.51 of the answers' tokens: what is in every
+caption, and the ends of answers.
 """
 
 import json
