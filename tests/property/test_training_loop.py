@@ -104,6 +104,12 @@ def test_profile_ends_in_every_process_at_once(monkeypatch):
   assert read == [3]
 
 
+def test_profile_ends_with_a_run_that_is_told_to_stop(tmp_path, monkeypatch):
+  stop_at(monkeypatch, 3)
+  assert train(tmp_path, profile=(2, 100)) == EXIT_PREEMPTED
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
 def test_run_is_said_to_be_saved_once_its_checkpoint_is_there(
   tmp_path, monkeypatch
 ):

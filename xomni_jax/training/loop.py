@@ -27,7 +27,7 @@ from xomni_jax.training import log as log_lib
 from xomni_jax.training import optim, pictures, start
 from xomni_jax.training import step as step_lib
 from xomni_jax.training.layout import flatten, make_layout, nest
-from xomni_jax.training.meter import Meter
+from xomni_jax.training.meter import Meter, start_profile
 from xomni_jax.training.preemption import EXIT_PREEMPTED, Preemption
 from xomni_jax.training.stage import Stage
 
@@ -150,8 +150,9 @@ class _Run:
           f"stopped at step {self.step} of {self.cfg.steps}, saved; start "
           f"again to go on (exit status {EXIT_PREEMPTED})"
         )
+        self._profile(over=True)
         return EXIT_PREEMPTED
-    self._profile()
+    self._profile(over=True)
     self.runs.wait()
     self._export()
     self.log.line(f"done: {self.cfg.steps} steps")
@@ -383,10 +384,10 @@ class _Run:
   def _params(self):
     return nest({**self.state["params"], **self.frozen})
 
-  def _profile(self) -> None:
-    """Begins or ends a profile, where it is due or the run is at its end."""
+  def _profile(self, over: bool = False) -> None:
+    """Begins or ends a profile where it is due; it ends with the run."""
     first, last = self.cfg.report.profile
-    if self.profiling and self.step in (last, self.cfg.steps):
+    if self.profiling and (over or self.step == last):
       self._read()  # by all processes: it may gather their counts
       if jax.process_index() == 0:
         jax.profiler.stop_trace()
@@ -394,7 +395,7 @@ class _Run:
       self.log.line(f"profile from step {first}: {self.workdir}/profile")
     elif self.step == first != last:
       if jax.process_index() == 0:
-        jax.profiler.start_trace(str(self.workdir / "profile"))
+        start_profile(self.workdir / "profile")
       self.profiling = True
 
   def _export(self) -> None:

@@ -1,8 +1,11 @@
-"""How fast a run goes."""
+"""How fast a run goes, and where its time goes."""
 
 import contextlib
 import dataclasses
+import pathlib
 import time
+
+import jax
 
 from xomni_jax.train_config import TrainConfig
 from xomni_jax.training import peaks
@@ -23,6 +26,17 @@ class Speed:
   seconds: float
   wait: float
   scalars: dict[str, float]
+
+
+def start_profile(folder: pathlib.Path) -> None:
+  """Begins a profile of this process, without the frames of its Python code.
+
+  Those are had by a hook in each thread, and where a thread is just beginning
+  there is nothing to put it on: the process dies of a segmentation fault.
+  """
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = 0
+  jax.profiler.start_trace(str(folder), profiler_options=options)
 
 
 class Meter:
