@@ -56,9 +56,15 @@ def attention(
   def attend(q, slots_t, segments_Bt):
     """Attention of the queries of some slots."""
     t = q.shape[1]
-    q = q.reshape(B, t, K, N // K, H)
+    # With queries after their heads both products, and those of the backward
+    # pass, take scores and weights as they lie; transposed copies of them
+    # took as long on a CPU as the products.
+    q_BKGTH = q.reshape(B, t, K, N // K, H).transpose(0, 2, 3, 1, 4)
     scores = jnp.einsum(
-      "BTKGH,BKSH->BKGTS", q, k_BKSH, preferred_element_type=jnp.float32
+      "BKGTH,BKSH->BKGTS",
+      q_BKGTH,
+      k_BKSH,
+      preferred_element_type=jnp.float32,
     )
     scores *= scale
     if bias_NTS is not None:
@@ -73,8 +79,8 @@ def attention(
       keep &= (segments_Bt[:, :, None] == keys_BS) | (keys_BS == SHARED)
     scores = jnp.where(keep[:, None, None], scores, NEG_INF)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    out = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH)
-    return out.reshape(B, t, N, H)
+    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)
 
   of_queries = None if segments is None else segments[0]
   parts = ways("length")  # queries may be split over devices, keys are not
