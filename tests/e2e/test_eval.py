@@ -63,6 +63,39 @@ def measured(folders, tmp_path_factory):
   return out
 
 
+def test_colours_from_models_to_figures(folders, tmp_path, capsys):
+  models = ["--sft", folders["sft"], "--rl", folders["rl"], "--flux", FLUX]
+  how = ["--count", "5", "--steps", "1", "--batch", "4"]
+  out = ["--out", str(tmp_path)]
+  assert cli.main(["eval", "colours", *models, *how, *out]) == 0
+  figures = json.loads((tmp_path / "colours.json").read_text())
+  right = {n: of["all"]["all"] for n, of in figures["right"].items()}
+  assert right["true drawings"][0] == 1 and right["true drawings"][3] == 5
+  assert right["rl T=1"][0] < 1  # noise has no colours
+  sheet = tmp_path / "sheets" / "colours" / "rl-t-1.png"
+  said = capsys.readouterr().out
+  assert "rl T=1: 0." in said and str(sheet) in said
+  with Image.open(sheet) as page:
+    assert page.width > 96
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    (["--source", "world:signs-zh:test"], "name colours in English"),
+    (["--source", "prompts.jsonl"], "name colours in English"),
+    (["--batch", "0"], "--batch is 0, expected 1 or more"),
+    (["--count", "0"], "expected 1 to"),
+    (["--rl", "nowhere"], "nowhere"),
+  ],
+)
+def test_colours_say_what_is_wrong(flags, words, tmp_path, capsys):
+  models = ["--sft", "tiny-sft", "--rl", "tiny", "--out", str(tmp_path / "x")]
+  assert cli.main(["eval", "colours", *models, *flags]) == 2
+  assert words in capsys.readouterr().err
+  assert not list(tmp_path.glob("x/*"))
+
+
 def test_best_of_n_from_models_to_figures(measured):
   figures = json.loads((measured / "best-of-n.json").read_text())
   engines = figures["identity"]["engines"]

@@ -144,6 +144,12 @@ def kind(shown: Sign | Poster) -> str:
   return level.kind(shown)
 
 
+def colours(shown: Sign | Poster) -> list[str]:
+  """Of the lines of an image, as its `boxes`."""
+  level = world_signs if isinstance(shown, Sign) else world_posters
+  return level.colours(shown)
+
+
 def open_world(level: str, split: str = "train") -> World:
   """The drawn world as a source of records.
 

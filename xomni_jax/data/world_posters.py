@@ -151,6 +151,11 @@ def boxes(poster: Poster) -> list[list]:
   ]
 
 
+def colours(poster: Poster) -> list[str]:
+  """Of each of `boxes`."""
+  return [poster.title, *[poster.colour] * (len(poster.lines) - 1)]
+
+
 def kind(poster: Poster) -> str:
   """Either "4 lines", "5 lines" or "6 lines"."""
   return f"{len(poster.lines)} lines"

@@ -109,6 +109,11 @@ def boxes(sign: Sign) -> list[list]:
   ]
 
 
+def colours(sign: Sign) -> list[str]:
+  """Of each of `boxes`."""
+  return [sign.colour] * len(sign.words)
+
+
 def kind(sign: Sign) -> str:
   """Either "one word" or "two words", or "with digits" in one of them."""
   if any(c.isdigit() for c in sign.text):

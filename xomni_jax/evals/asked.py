@@ -72,6 +72,12 @@ def true_records(source: str, indices: Sequence[int]) -> list[Record]:
   return [drawn[i] for i in indices]
 
 
+def shown(source: str, indices: Sequence[int]) -> list[Any]:
+  """The signs or posters of the drawn world that prompts ask for."""
+  drawn = _world(source)
+  return [drawn.sign(i) for i in indices]
+
+
 def true_images(source: str, indices: Sequence[int]) -> list[Image.Image]:
   """What prompts of the drawn world ask for, spelt as they ask for it."""
   drawn = _world(source)

@@ -4,10 +4,12 @@
 the end write their figures as JSON; started again, they go on where they were.
 `score` makes the figures anew from the rows and draws nothing; `report` puts
 the figures of several training seeds side by side. `answers` asks one model
-about images of the drawn world.
+about images of the drawn world; `colours` looks whether what models draw has
+the colours that were asked for.
 """
 
 import argparse
+import functools
 import os
 import pathlib
 
@@ -18,13 +20,15 @@ from xomni_jax.evals import (
   asked,
   best_of_n,
   cfg,
+  colours,
+  drawing,
   files,
   measure,
   report,
   rows,
   workbench,
 )
-from xomni_jax.inference import loading
+from xomni_jax.inference import loading, sheets
 from xomni_jax.inference.fingerprint import fingerprint
 
 
@@ -85,6 +89,10 @@ def _parse(argv):
   sub.add_argument("--count", type=int, default=2000, help="of images")
   sub.add_argument("--batch", type=int, default=50, help="images at once")
   sub.add_argument("--out", help="folder of the figures as JSON; unset: none")
+  sub = verb(
+    "colours", _colours, "Whether images have the colours of their prompts."
+  )
+  _drawing_flags(sub)
   sub = verb("score", _score, "Make the figures of a folder from its rows.")
   sub.add_argument("out", help="folder of measurements")
   _reuse_flag(sub)
@@ -96,7 +104,7 @@ def _parse(argv):
   return parser.parse_args(argv)
 
 
-def _measure_flags(parser):
+def _drawing_flags(parser):
   add = parser.add_argument
   add("--sft", required=True, help="X-Omni folder or hub id, fine-tuned")
   add("--rl", required=True, help="the same, after reinforcement learning")
@@ -107,12 +115,17 @@ def _measure_flags(parser):
     help="prompts: world:LEVEL:SPLIT, or JSONL with targets and sizes",
   )
   add("--count", type=int, default=2000, help="prompts")
-  add("--samples", type=int, default=1, help="images a prompt, where not N")
   add("--seed", type=int, default=0, help="of codes and noise")
   add("--steps", type=int, default=8, help="of denoising")
   add("--batch", type=int, default=64, help="images drawn at once")
   add("--out", required=True, metavar="DIR", help="rows, sheets and figures")
+
+
+def _measure_flags(parser):
+  _drawing_flags(parser)
   _reuse_flag(parser)
+  add = parser.add_argument
+  add("--samples", type=int, default=1, help="images a prompt, where not N")
   add(
     "--readers",
     type=int,
@@ -207,6 +220,42 @@ def _answers(args):
     path = out / f"{answers.NAME}.json"
     files.write_json(path, figures)
     print(path)
+
+
+def _colours(args):
+  colours.check_names(args.source)
+  workbench.check_flags(args, ("steps", "batch"))
+  some = asked.open_asked(args.source, args.count)
+  out = make_folder(args.out)
+  models = {best_of_n.SFT: args.sft, best_of_n.RL: args.rl}
+  identity = {
+    "measures": colours.NAME,
+    "models": {m: asked.model_hash(p, args.flux) for m, p in models.items()},
+    "source": args.source,
+    "prompts": {best_of_n.TEST: [len(some), asked.prompts_hash(some)]},
+    "seed": args.seed,
+    "steps": args.steps,
+  }
+
+  @functools.lru_cache(maxsize=1)  # one model is in memory at a time
+  def drawer(name):
+    model = loading.load(models[name], args.flux)
+    return drawing.Drawer(model, args.seed, args.steps)
+
+  wanted = colours.settings(args.source, list(models))
+  with measure.progress(len(wanted) * len(some)) as bar:
+    found, wrong = colours.look(wanted, some, drawer, args.batch, bar)
+  figures = colours.summary(identity, found, [a.kind for a in some])
+  for name, of in figures["right"].items():
+    mean, low, high, _ = of[colours.ALL]["all"]
+    print(f"{name}: {mean:.3f} right ({low:.3f} to {high:.3f})")
+    if wrong[name]:
+      path = measure.sheet_path(out / "sheets" / colours.NAME, name)
+      sheets.save(path, sheets.grid(wrong[name], columns=8))
+      print(path)
+  path = files.figures_path(out, colours.NAME)
+  files.write_json(path, figures)
+  print(path)
 
 
 def _score(args):

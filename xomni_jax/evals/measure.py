@@ -81,9 +81,9 @@ def reused(there: Reusable, settings: Sequence[Setting]) -> dict[Key, Readings]:
   }
 
 
-def sheet_path(folder: pathlib.Path, setting: Setting) -> pathlib.Path:
+def sheet_path(folder: pathlib.Path, name: str) -> pathlib.Path:
   """Where the sheet of a setting lies."""
-  return folder / (re.sub(r"[^a-z0-9.]+", "-", setting.name.lower()) + ".png")
+  return folder / (re.sub(r"[^a-z0-9.]+", "-", name.lower()) + ".png")
 
 
 def run(
@@ -121,7 +121,7 @@ def run(
     full = {s.name: max(1, images // s.samples) for s in settings}
     for batch in work:
       bar.set_description(batch.setting.name, refresh=False)
-      made = _draw(batch, asked, drawer, full[batch.setting.name])
+      made = draw(batch, asked, drawer, full[batch.setting.name])
       waiting.append((batch, made, readers.ask(_items(batch, made, asked))))
       if len(waiting) > _AHEAD:
         done, made, futures = waiting.popleft()
@@ -146,7 +146,7 @@ def progress(total: int, done: int = 0) -> tqdm:
 def _is_missing(batch, rows, folder):
   setting, numbers = batch
   shown = any(n < SHOWN for n in numbers)
-  if shown and not sheet_path(folder, setting).exists():
+  if shown and not sheet_path(folder, setting.name).exists():
     return True
   return any(
     Key(setting.name, n, s) not in rows.found
@@ -155,8 +155,20 @@ def _is_missing(batch, rows, folder):
   )
 
 
-def _draw(batch, asked, drawer, full) -> np.ndarray:
-  """u8[prompts * samples, H, W, 3] of a batch."""
+def draw(
+  batch: Batch,
+  asked: Sequence[Asked],
+  drawer: Callable[[str], Drawer],
+  full: int,
+) -> np.ndarray:
+  """Images u8[prompts * samples, H, W, 3] of a batch.
+
+  Args:
+    batch: what is drawn.
+    asked: all prompts.
+    drawer: by a model's name.
+    full: prompts of a full batch.
+  """
   setting, numbers = batch
   if not setting.model:
     pictures = asked_lib.true_images(setting.source, numbers)
@@ -217,7 +229,7 @@ class _Keeper:
         )
 
   def _show(self, setting, found) -> None:
-    path = sheet_path(self._folder, setting)
+    path = sheet_path(self._folder, setting.name)
     if path.exists():
       return
     cells = self._cells.setdefault(setting.name, {})

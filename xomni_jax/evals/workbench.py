@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xomni_jax.checks import make_folder, replacing
@@ -23,6 +23,15 @@ from xomni_jax.inference import loading
 _MODELS = (best_of_n.SFT, best_of_n.RL, best_of_n.CONTROL)
 
 
+def check_flags(args, counts: Sequence[str]) -> None:
+  """InputError unless these flags are counts, and the seed is one."""
+  for flag in counts:
+    if getattr(args, flag) < 1:
+      raise InputError(f"--{flag} is {getattr(args, flag)}, expected 1 or more")
+  if not 0 <= args.seed < 2**32:
+    raise InputError(f"--seed is {args.seed}, expected 0 to 2^32 - 1")
+
+
 class Workbench(contextlib.ExitStack):
   """What a measurement needs; models are loaded when they are needed.
 
@@ -33,13 +42,7 @@ class Workbench(contextlib.ExitStack):
 
   def __init__(self, args, name):
     super().__init__()
-    for flag in ("samples", "steps", "batch", "readers"):
-      if getattr(args, flag) < 1:
-        raise InputError(
-          f"--{flag} is {getattr(args, flag)}, expected 1 or more"
-        )
-    if not 0 <= args.seed < 2**32:
-      raise InputError(f"--seed is {args.seed}, expected 0 to 2^32 - 1")
+    check_flags(args, ("samples", "steps", "batch", "readers"))
     self._args, self._name = args, name
     self._out = pathlib.Path(args.out)
     self._prompts: dict[str, list[asked.Asked]] = {}
@@ -114,7 +117,7 @@ class Workbench(contextlib.ExitStack):
     self.rows.add(measure.reused(self._there, settings).items())
     for setting in (s for s in settings if s.model in self._there.models):
       there, here = (
-        measure.sheet_path(out / "sheets" / self._name, setting)
+        measure.sheet_path(out / "sheets" / self._name, setting.name)
         for out in (self._args.reuse, self._out)
       )
       if there.exists() and not here.exists():
