@@ -116,6 +116,18 @@ def test_guidance_and_filters_are_those_of_the_measurement():
     assert cells == wanted, scale
 
 
+@pytest.mark.parametrize("text", [README, CARD], ids=["README", "card"])
+def test_colours_are_those_of_the_measurement(text):
+  (said,) = (x for x in text.split("\n\n") if "sees no colours" in x)
+  for level in LEVELS:
+    of = figures(f"{level}/tiny", "colours")
+    for line in ("sft T=1", "rl T=1"):
+      assert str(rounded(of["right"][line]["all"]["all"][0], 3)) in said
+    if text == README:
+      _, lost, _, _ = of["differences"]["sft T=1"]["all"]["all"]
+      assert str(rounded(-100 * lost, 1)) in said.replace("-", "")
+
+
 @pytest.mark.parametrize(
   "folder",
   [
