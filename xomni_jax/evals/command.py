@@ -226,7 +226,6 @@ def _colours(args):
   colours.check_names(args.source)
   workbench.check_flags(args, ("steps", "batch"))
   some = asked.open_asked(args.source, args.count)
-  out = make_folder(args.out)
   models = {best_of_n.SFT: args.sft, best_of_n.RL: args.rl}
   identity = {
     "measures": colours.NAME,
@@ -236,6 +235,7 @@ def _colours(args):
     "seed": args.seed,
     "steps": args.steps,
   }
+  out = make_folder(args.out)
 
   @functools.lru_cache(maxsize=1)  # one model is in memory at a time
   def drawer(name):
