@@ -1,39 +1,9 @@
 """What `xomni train` does before there is a run."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests.train_runs import ROOT
 from xomni_jax import checks, cli
-
-_COUNT = """
-import sys
-from xomni_jax.training import command
-command.split_cpu(sys.argv[1])
-import jax
-print(jax.device_count())
-"""
-
-
-@pytest.mark.parametrize(
-  ("how", "cpus", "count"), [("3", 1, 3), ("auto", 2, 2)]
-)
-def test_cpu_is_split_into_devices(how, cpus, count):
-  there = sorted(os.sched_getaffinity(0))
-  if len(there) < cpus:
-    pytest.skip(f"{len(there)} CPUs")
-  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  done = subprocess.run(
-    [sys.executable, "-c", _COUNT, how],
-    env=env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-    preexec_fn=lambda: os.sched_setaffinity(0, there[:cpus]),
-    capture_output=True,
-    text=True,
-  )
-  assert done.stdout.strip() == str(count), done.stderr
 
 
 @pytest.mark.parametrize("how", ["0", "two", "-1", ""])

@@ -13,6 +13,9 @@ import functools
 import os
 import pathlib
 
+import jax
+
+from xomni_jax import cpu
 from xomni_jax.checks import make_folder
 from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.evals import (
@@ -40,6 +43,8 @@ def main(argv: list[str]) -> int:
     RunError: an engine fails too often.
   """
   args = _parse(argv)
+  if jax.config.jax_platforms == "cpu":  # by name: no device is looked for yet
+    cpu.keep_memory()
   args.run(args)
   return 0
 

@@ -2,17 +2,14 @@
 
 import argparse
 import contextlib
-import os
 import pathlib
 import re
 
 import jax
 
-from xomni_jax import checks
+from xomni_jax import checks, cpu
 from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.training import build, configure, loop
-
-_MOST = 8  # devices that a CPU is split into; the tiny batches divide by it
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +23,9 @@ def main(argv: list[str]) -> int:
     RunError: the loss is no longer finite, or too many scores failed.
   """
   args, changes = _parse(argv)
-  split_cpu(args.cpu_devices)
+  if args.cpu_devices is not None:
+    cpu.split(args.cpu_devices)
+    cpu.keep_memory()
   connect(args.distributed)
   config = configure.read(args.config)
   configure.override(config, changes)
@@ -90,25 +89,6 @@ def _folder(name):
       "folder, such as /mnt/runs"
     )
   return pathlib.Path(name)
-
-
-def split_cpu(how: str | None) -> None:
-  """Splits the CPU into devices; to be called before JAX looks for any.
-
-  Args:
-    how: "auto" or a number; None: the CPU is one device.
-  Raises:
-    InputError: it is neither.
-  """
-  if how is None:
-    return
-  cores = min(_MOST, len(os.sched_getaffinity(0)))
-  count = str(1 << (cores.bit_length() - 1)) if how == "auto" else how
-  if not (count.isascii() and count.isdigit() and int(count)):
-    raise InputError(
-      f"--cpu-devices {how!r}: expected auto or a number from 1, such as 2"
-    )
-  jax.config.update("jax_num_cpu_devices", int(count))
 
 
 def connect(how: str | None) -> None:
