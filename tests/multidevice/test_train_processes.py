@@ -1,14 +1,18 @@
 """Two processes train as one does, and either goes on where the other left."""
 
+from types import SimpleNamespace
+
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 
 from tests import train_runs as runs
 from tests.helpers import GOLDEN, read_folder
 from xomni_jax.data import pipeline, protocol
 from xomni_jax.train_config import DataConfig, SourceConfig
-from xomni_jax.training import configure
+from xomni_jax.training import configure, loop
 
 # Losses of random codes are about 5; sums over rows come in another order.
 TOLERANCE = 1e-5
@@ -51,6 +55,26 @@ def test_processes_share_out_the_same_global_batches(tmp_path):
     for name, x in whole[step].arrays.items():
       ours = np.concatenate([part[step].arrays[name] for part in parts])
       assert ours.tobytes() == x.tobytes(), (step, name)
+
+
+def test_process_that_comes_late_takes_part_in_the_export(
+  tmp_path, monkeypatch
+):
+  (tmp_path / "model").mkdir()  # process 0 has just written it
+  (tmp_path / "exported").write_text("9")
+  met = []
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda _: 0)
+  monkeypatch.setattr(multihost_utils, "sync_global_devices", met.append)
+  run = object.__new__(loop._Run)
+  run.workdir, run.step, run.frozen = tmp_path, 9, {}
+  run.state = {"params": {}, "ema": {}}
+  run.stage = SimpleNamespace(export=True)
+  run.cfg = SimpleNamespace(checkpoint=SimpleNamespace(export=True))
+  run.log = SimpleNamespace(line=lambda text: None)
+  run._export()
+  assert met == ["export"]
 
 
 @pytest.mark.slow  # connected processes wait for one another: minutes

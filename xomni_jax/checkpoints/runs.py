@@ -151,7 +151,7 @@ class Runs:
     """
     self.wait()
     step, lost = None, []
-    while (step := _of_main(self._newest(step))) >= 0:
+    while (step := of_main(self._newest(step))) >= 0:
       problem, was_finished = self._problem(step)
       if problem is None:
         state = self._read(step, abstract)
@@ -192,7 +192,7 @@ class Runs:
       files = manifest.read(folder)
     except InputError as e:
       problem = str(e) if finished else "it is not finished"
-    unread, finished = _of_main(problem is not None), bool(_of_main(finished))
+    unread, finished = of_main(problem is not None), bool(of_main(finished))
     if unread:
       return problem or "its manifest is unreadable", finished
     count, me = jax.process_count(), jax.process_index()
@@ -290,7 +290,7 @@ def _is_no_traceback(record: logging.LogRecord) -> bool:
   return not (record.exc_info and "orbax" in where)
 
 
-def _of_main(value: int) -> int:
+def of_main(value: int) -> int:
   """Process 0's value, in every process."""
   if jax.process_count() == 1:
     return value

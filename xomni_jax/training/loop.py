@@ -303,9 +303,7 @@ class _Run:
       line["step"] == self.step and any(n.startswith("held_out/") for n in line)
       for line in self.log.metrics()
     )
-    if jax.process_count() > 1:
-      found = multihost_utils.broadcast_one_to_all(np.int32(found))
-    return bool(found)
+    return bool(runs_lib.of_main(found))
 
   def _evaluate(self) -> None:
     """Held-out metrics, where they are due."""
@@ -403,8 +401,10 @@ class _Run:
     if self.stage.export is None or not self.cfg.checkpoint.export:
       return
     where, mark = self.workdir / _MODEL, self.workdir / _EXPORTED
-    # A run that goes on beyond its first end has a model of that end.
-    if where.exists() and mark.exists() and mark.read_text() == str(self.step):
+    # A run that goes on beyond its first end has a model of that end; a slower
+    # process sees the one that process 0 has just written.
+    done = where.exists() and mark.exists() and mark.read_text()
+    if runs_lib.of_main(done == str(self.step)):
       return
     params = {**self.state["params"], **self.state["ema"], **self.frozen}
     if jax.process_count() == 1:
