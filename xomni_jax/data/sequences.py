@@ -1,5 +1,6 @@
 """Records as token sequences, with a weight for each prediction."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -123,27 +124,23 @@ def _image_ids(codes, tokenizer) -> tuple[list[int], list[int]]:
 
 def _chat(image, pairs, tokenizer, room=0) -> Sample:
   """A conversation on an image, of [question, answer] pairs."""
-  end = tokenizer.encode(TURN_END)
-  if len(end) != 1:
-    raise InputError(
-      f"the tokenizer has no token {TURN_END}, expected it beside its chat "
-      "template"
-    )
+  end = _turn_end(tokenizer)
   messages, said, parts, length = [], "", [], 0
   for question, answer in pairs:
-    # A single token stands in for the image; its neighbours do not see, behind
-    # a special token, which one it is.
-    messages.append(question if messages else f"{protocol.SOM}\n{question}")
-    text = tokenizer.chat_prompt(*messages)
-    if not text.startswith(said):
-      raise InputError(
-        "the tokenizer's chat template writes earlier turns anew, expected "
-        "that it adds to them; ask for one turn (data.turns)"
-      )
-    before = tokenizer.encode(text[len(said) :])
     if not parts:
-      at = before.index(tokenizer.som_id)
-      before[at : at + 1] = image
+      messages.append(_asked_of_image(question))
+      text, ids = _opening(question, tokenizer)
+      at = ids.index(tokenizer.som_id)
+      before = [*ids[:at], *image, *ids[at + 1 :]]
+    else:
+      messages.append(question)
+      text = tokenizer.chat_prompt(*messages)
+      if not text.startswith(said):
+        raise InputError(
+          "the tokenizer's chat template writes earlier turns anew, expected "
+          "that it adds to them; ask for one turn (data.turns)"
+        )
+      before = tokenizer.encode(text[len(said) :])
     after = tokenizer.encode(answer) + end
     length += len(before) + len(after)
     if parts and room and length > room:
@@ -152,6 +149,32 @@ def _chat(image, pairs, tokenizer, room=0) -> Sample:
     messages.append(answer)
     said = text + answer + TURN_END
   return _joined(*parts)
+
+
+# The same is asked of thousands of images, and templates are slow: they took
+# three quarters of the time in which images become codes.
+@functools.lru_cache(4096)
+def _opening(question, tokenizer) -> tuple[str, list[int]]:
+  """A first question in the chat template, and its ids."""
+  text = tokenizer.chat_prompt(_asked_of_image(question))
+  return text, tokenizer.encode(text)
+
+
+def _asked_of_image(question):
+  # A single token stands in for the image; its neighbours do not see, behind a
+  # special token, which one it is.
+  return f"{protocol.SOM}\n{question}"
+
+
+@functools.lru_cache(8)
+def _turn_end(tokenizer) -> list[int]:
+  end = tokenizer.encode(TURN_END)
+  if len(end) != 1:
+    raise InputError(
+      f"the tokenizer has no token {TURN_END}, expected it beside its chat "
+      "template"
+    )
+  return end
 
 
 def _joined(*parts: tuple[Sequence[int], Sequence[int]]) -> Sample:
