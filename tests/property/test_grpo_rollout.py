@@ -286,7 +286,7 @@ def test_resumed_run_has_the_reference_that_it_began_with(
   name = min(tensors)
   tensors[name] = np.negative(tensors[name])
   safetensors.numpy.save_file(tensors, file)
-  with pytest.raises(InputError, match=r"parameters \(ref\) are others"):
+  with pytest.raises(InputError, match=r"parameters \(ar, ref\) are others"):
     run(3)
 
 
