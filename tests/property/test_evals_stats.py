@@ -102,6 +102,15 @@ def test_intervals_are_the_same_every_time_and_leave_out_what_is_unknown():
   assert stats.estimates(np.zeros((0, 1)))[0] == Estimate(None, None, None, 0)
 
 
+def test_what_lies_between_two_figures_is_rounded_alike_everywhere():
+  """Sums differ by 1e-16 with the order a processor adds in."""
+  tie = 0.8864125
+  near = (np.nextafter(tie, 0), tie, np.nextafter(tie, 1))
+  assert {stats.estimates(np.full((2, 1), x))[0].mean for x in near} == {
+    0.886413
+  }
+
+
 def test_values_that_are_all_alike_still_have_an_interval():
   """An exact one: that of Clopper and Pearson."""
   n, zeros = 500, np.zeros((500, 1))

@@ -84,13 +84,23 @@ def estimates(
   return [
     Estimate(
       *(
-        round(float(x), 6) if known[c] else None
+        _figure(x) if known[c] else None
         for x in (filled[:, c].sum() / max(1, known[c]), low[c], high[c])
       ),
       int(known[c]),
     )
     for c in range(columns)
   ]
+
+
+def _figure(x: float) -> float:
+  """`x` to 6 decimals, the same on every machine.
+
+  Processors add up in different orders, so what lies half way between two
+  figures comes out a little (1e-16) above or below: the first rounding puts
+  it back.
+  """
+  return round(round(float(x), 12), 6)
 
 
 def best_of(rank: np.ndarray, judged: np.ndarray, n: int) -> np.ndarray:
