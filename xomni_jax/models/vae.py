@@ -22,25 +22,77 @@ from xomni_jax.params import Row, abstract_tree, flatten
 _LOGVAR = -5.0  # what the encoder says of every latent before it has learned
 
 
-def _conv(channels, size, compute, name):
+def _conv(channels, size, compute, name, how=None):
   return nn.Conv(
     channels,
     (size, size),
     padding=size // 2,
     dtype=jnp.dtype(compute.dtype),
+    conv_general_dilated=how,
     name=name,
   )
 
 
-def _norm(cfg, compute, name):
-  # The fast variance, E[x^2] - E[x]^2, cancels where a group is off centre.
-  return nn.GroupNorm(
-    cfg.norm_num_groups,
-    epsilon=1e-6,
-    dtype=jnp.dtype(compute.dtype),
-    use_fast_variance=False,
-    name=name,
-  )
+def _pointwise(x_BHWC, kernel, *_, **__):
+  """A 1 x 1 convolution as a product; on a CPU a fifth of the time."""
+  y = x_BHWC.reshape(-1, x_BHWC.shape[-1]) @ kernel[0, 0]
+  return y.reshape(*x_BHWC.shape[:-1], -1)
+
+
+def _doubled(x_BHWC, kernel, *_, **__):
+  """A 3 x 3 convolution of an image of twice the size, nearest neighbours.
+
+  Of the three rows that an output sees two are the same, and so of columns: a
+  2 x 2 convolution for each of the four places of an output in its pixel has
+  four ninths of the products.
+  """
+  B, H, W, _ = x_BHWC.shape
+  taps = kernel.astype(jnp.float32)
+
+  def merged(taps, axis, second):
+    first, middle, last = jnp.split(taps, 3, axis)
+    pair = (first + middle, last) if second else (first, middle + last)
+    return jnp.concatenate(pair, axis)
+
+  def at(row, column):
+    return jax.lax.conv_general_dilated(
+      x_BHWC,
+      merged(merged(taps, 0, row), 1, column).astype(kernel.dtype),
+      window_strides=(1, 1),
+      padding=((1 - row, row), (1 - column, column)),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+  rows = [jnp.stack([at(r, c) for c in (0, 1)], axis=3) for r in (0, 1)]
+  return jnp.stack(rows, axis=2).reshape(B, 2 * H, 2 * W, -1)
+
+
+class GroupNorm(nn.Module):
+  """Flax's, without its fast variance, at half the time on a CPU.
+
+  E[x^2] - E[x]^2 cancels where a group is off centre. Channels are summed
+  first, and groups of these then.
+  """
+
+  cfg: VAEConfig
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    B, H, W, C = x_BHWC.shape
+    scale_C = self.param("scale", nn.initializers.ones, (C,))
+    bias_C = self.param("bias", nn.initializers.zeros, (C,))
+    G = self.cfg.norm_num_groups
+
+    def mean(x_BNC):
+      groups_BG = x_BNC.mean(1).reshape(B, G, C // G).mean(-1)
+      return jnp.repeat(groups_BG, C // G, axis=1)[:, None]
+
+    x_BNC = x_BHWC.astype(jnp.float32).reshape(B, H * W, C)
+    x_BNC -= mean(x_BNC)
+    scale_B1C = scale_C * jax.lax.rsqrt(mean(x_BNC**2) + 1e-6)
+    out_BHWC = (x_BNC * scale_B1C + bias_C).reshape(x_BHWC.shape)
+    return out_BHWC.astype(self.compute.dtype)
 
 
 class ResnetBlock(nn.Module):
@@ -54,11 +106,14 @@ class ResnetBlock(nn.Module):
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
     h_BHWC = x_BHWC
     for i in (1, 2):
-      norm = _norm(self.cfg, self.compute, f"norm{i}")
+      norm = GroupNorm(self.cfg, self.compute, name=f"norm{i}")
       conv = _conv(self.channels, 3, self.compute, f"conv{i}")
       h_BHWC = conv(nn.silu(norm(h_BHWC)))
     if x_BHWC.shape[-1] != self.channels:
-      x_BHWC = _conv(self.channels, 1, self.compute, "conv_shortcut")(x_BHWC)
+      shortcut = _conv(
+        self.channels, 1, self.compute, "conv_shortcut", _pointwise
+      )
+      x_BHWC = shortcut(x_BHWC)
     return constrain(x_BHWC + h_BHWC, "batch", None, None, None)
 
 
@@ -73,7 +128,7 @@ class Attention(nn.Module):
     B, H, W, C = x_BHWC.shape
     dtype = jnp.dtype(self.compute.dtype)
     dense = lambda name: nn.Dense(C, dtype=dtype, name=name)
-    norm = _norm(self.cfg, self.compute, "group_norm")
+    norm = GroupNorm(self.cfg, self.compute, name="group_norm")
     h_BTC = norm(x_BHWC).reshape(B, H * W, C)
     out_BTNC = attention(
       dense("to_q")(h_BTC)[:, :, None],
@@ -124,8 +179,8 @@ class Upsample(nn.Module):
 
   @nn.compact
   def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-    x_BHWC = x_BHWC.repeat(2, axis=1).repeat(2, axis=2)
-    return _conv(x_BHWC.shape[-1], 3, self.compute, "conv")(x_BHWC)
+    conv = _conv(x_BHWC.shape[-1], 3, self.compute, "conv", _doubled)
+    return conv(x_BHWC)
 
 
 class Level(nn.Module):
@@ -200,7 +255,7 @@ class Decoder(nn.Module):
 
 def _out(channels, cfg, compute, x_BHWC):
   """norm, SiLU and convolution that end both halves."""
-  norm = _norm(cfg, compute, "conv_norm_out")
+  norm = GroupNorm(cfg, compute, name="conv_norm_out")
   return _conv(channels, 3, compute, "conv_out")(nn.silu(norm(x_BHWC)))
 
 
