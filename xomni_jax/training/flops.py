@@ -39,7 +39,8 @@ def vae_decoder(cfg: VAEConfig, height: int, width: int) -> float:
     before = channels
     if i + 1 < len(levels):
       area *= 4
-      total += _conv(area, channels, channels)
+      # Of a pixel that was doubled 2 x 2 neighbours differ, not 3 x 3.
+      total += _conv(area, channels, channels, side=2)
   return total + _conv(area, before, cfg.out_channels)
 
 
