@@ -27,16 +27,16 @@ PEAKS = {
   ("tokenizer", "v5e:16x16"): 5.40,
   ("tokenizer", "v6e:16x16"): 4.67,
   ("tokenizer", "v5p:4x4x4"): 6.81,
-  ("vae", "v5e:16x16"): 3.52,
-  ("vae", "v6e:16x16"): 3.52,
-  ("vae", "v5p:4x4x4"): 16.50,
+  ("vae", "v5e:16x16"): 2.29,
+  ("vae", "v6e:16x16"): 2.30,
+  ("vae", "v5p:4x4x4"): 5.68,
   ("decoder", "v5e:16x16"): 8.45,
   ("decoder", "v6e:16x16"): 8.46,
   ("decoder", "v5p:4x4x4"): 15.32,
 }
 # The same of the programs of stage grpo.
 GRPO_PEAKS = {
-  "v6e:16x16": {"train": 9.21, "draw": 5.02, "paint": 11.33, "measure": 4.68},
+  "v6e:16x16": {"train": 9.32, "draw": 5.02, "paint": 10.37, "measure": 4.68},
   "v5p:4x4x4": {"train": 24.45, "draw": 7.32, "paint": 25.99, "measure": 4.96},
 }
 
