@@ -10,7 +10,6 @@ for the batch, "die" ends the process, "sleep 2" takes 2 s. Some spoil the reply
 as a whole, without Ray only: "says 500", "says half", "says nan", "says html".
 """
 
-import itertools
 import json
 import os
 import sys
@@ -50,22 +49,9 @@ def brightness(items):
   ]
 
 
-_checks = itertools.count(1)
-
-
-def unwell():
-  """The check of a reward whose model is gone; it takes its time."""
-  number = next(_checks)
-  time.sleep(1.0)
-  raise RuntimeError(f"model is\ngone {number}")
-
-
 def reward(app):
   """The reward of an application of this program."""
-  checks = {"check": unwell} if app.settings.get("unwell") else {}
-  return engines.Reward(
-    engines.isolated(brightness, REV), REV, {"scale": 255}, **checks
-  )
+  return engines.Reward(engines.isolated(brightness, REV), REV, {"scale": 255})
 
 
 def spoiled(to_json):

@@ -306,20 +306,6 @@ def test_sidecar_info_and_health(url):
     assert requests.get(f"{url}{path}").status_code in (404, 405)
 
 
-def test_sidecar_whose_model_is_gone_is_unhealthy():
-  """All who ask at once share one check; strangers learn nothing of it."""
-  told = {"Authorization": f"Bearer {TOKEN}"}
-  ask = lambda headers: requests.get(f"{url}/health", headers=headers)
-  with brightness(settings={"unwell": True}) as url, POOL(50) as pool:
-    replies = [*pool.map(ask, [told, {}] * 25)]
-    assert {reply.status_code for reply in replies} == {503}
-    assert {reply.json()["error"] for reply in replies[::2]} == {
-      "model is gone 1"
-    }
-    assert not any("error" in reply.json() for reply in replies[1::2])
-    assert ask(told).json()["error"] == "model is gone 2"
-
-
 def test_sidecar_whose_engine_hangs_is_unhealthy_until_it_goes_on(url):
   def health():
     headers = {"Authorization": f"Bearer {TOKEN}"}
