@@ -5,7 +5,7 @@
 
 paints the drawn world from the codes of a tokenizer and in the latents
 of an autoencoder (configs/tokenizer.py, configs/vae.py); its text encoders
-learn with it and lie in runs/decoder/flux1: 10 minutes on 2 slow CPU
+learn with it and lie in runs/decoder/flux1: 10 to 15 minutes on 2 slow CPU
 cores (--cpu-devices=auto).
 
   xomni train --config=configs/decoder.py:7b --workdir=/mnt/runs/decoder \

@@ -4,7 +4,7 @@
     --config.init.model=runs/sft/model --config.init.flux=runs/decoder/flux1
 
 goes on from configs/sft.py:tiny and configs/decoder.py:tiny; its reward is OCR
-in this process: 13 minutes on 2 fast CPU cores, 26 on slow ones.
+in this process: 21 minutes on 2 slow CPU cores.
 
   xomni train --config=configs/grpo.py:7b --workdir=/mnt/runs/grpo \
     --config.init.model=/mnt/runs/sft/model --config.init.flux=FLUX.1-dev

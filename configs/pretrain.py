@@ -4,7 +4,7 @@
     --config.init.model=runs/tokenizer/model
 
 learns to draw and read signs and posters from the codes of a tokenizer
-(configs/tokenizer.py) that `xomni tokenize-dataset` made: 14 minutes on 2
+(configs/tokenizer.py) that `xomni tokenize-dataset` made: 11 minutes on 2
 slow CPU cores (--cpu-devices=auto).
 
   xomni train --config=configs/pretrain.py:7b --workdir=/mnt/runs/pretrain \

@@ -3,7 +3,7 @@
   xomni train --config=configs/sft.py:tiny --workdir=runs/sft \
     --config.init.model=runs/pretrain/model
 
-goes on from configs/pretrain.py:tiny and its data: 6 minutes on 2 slow CPU
+goes on from configs/pretrain.py:tiny and its data: 5 minutes on 2 slow CPU
 cores (--cpu-devices=auto).
 
   xomni train --config=configs/sft.py:7b --workdir=/mnt/runs/sft \

@@ -2,7 +2,7 @@
 
   xomni train --config=configs/tokenizer.py:tiny --workdir=runs/tokenizer
 
-draws its data and starts from random weights: 5 minutes on 2 slow CPU
+draws its data and starts from random weights: 5 to 8 minutes on 2 slow CPU
 cores (--cpu-devices=auto).
 
   xomni train --config=configs/tokenizer.py:7b --workdir=/mnt/runs/tokenizer \

@@ -2,7 +2,7 @@
 
   xomni train --config=configs/vae.py:tiny --workdir=runs/vae
 
-draws its data and starts from random weights: 9 minutes on 2 slow CPU
+draws its data and starts from random weights: 7 minutes on 2 slow CPU
 cores (--cpu-devices=auto). What it leaves in runs/vae/model is a FLUX.1-dev
 folder, for configs/decoder.py.
 
