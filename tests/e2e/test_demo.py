@@ -69,5 +69,10 @@ def _check_page(folder):
   assert page.count("nothing in quotes") == 3
   with Image.open(folder / "drawings.png") as drawings:
     assert drawings.width > 6 * 128  # posters are 128 px wide
-  for heading in ("Signs and", "Reinforcement", "Answers", "What", "Timings"):
+  for heading in (
+    *("Your prompts", "Signs and", "Reinforcement", "Answers", "What"),
+    "Timings",
+  ):
     assert f"<h2>{heading}" in page
+  # No word of them is promised to be new.
+  assert page.rindex("A red sign &amp;") < page.index("<h2>Signs and")

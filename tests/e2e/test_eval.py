@@ -237,6 +237,40 @@ def test_rows_and_sheets_of_the_same_model_are_reused(
   assert (out / sheet).read_bytes() == (measured / sheet).read_bytes()
 
 
+def test_rows_of_other_draws_are_reused_as_such(
+  packed, folders, tmp_path, monkeypatch
+):
+  """Their images can't be drawn again, and their keys are of other draws."""
+  monkeypatch.setattr(drawing.Drawer, "draw", None)
+  monkeypatch.setattr(drawing.Drawer, "repaint", None)
+  assert json.loads((packed / "best-of-n.json").read_text())["identity"][
+    "drawing"
+  ] == [drawing.VERSION]
+  monkeypatch.setattr(drawing, "VERSION", drawing.VERSION + 1)
+  bare = tmp_path / "bare"  # without sheets
+  shutil.copytree(packed, bare, ignore=shutil.ignore_patterns("sheets"))
+  out = tmp_path / "seed1"
+  control = ["--control", folders["sft"], "--n", "1,2"]
+  argv = _argv("best-of-n", folders, out, *control, "--reuse", str(bare))
+  assert cli.main(argv) == 0
+  identity = json.loads((out / "best-of-n.json").read_text())["identity"]
+  assert identity["drawing"] == [drawing.VERSION - 1, drawing.VERSION]
+  assert not (out / "sheets").exists()
+  for folder, same in ((packed, True), (out, False)):
+    report = ["eval", "report", str(folder), "--out", str(tmp_path / "report")]
+    assert cli.main(report) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert ("under the same random keys" in text) == same
+  # Nor does a measurement that was begun by other draws go on by these.
+  begun = tmp_path / "begun"
+  begun.mkdir()
+  rows_of = packed / "best-of-n.rows.jsonl.gz"
+  (begun / "best-of-n.rows.jsonl").write_bytes(
+    gzip.decompress(rows_of.read_bytes())
+  )
+  assert cli.main(_argv("best-of-n", folders, begun, *control)) == 2
+
+
 @pytest.mark.slow
 def test_measurement_that_is_killed_goes_on_to_the_same_figures(
   measured, folders, tmp_path

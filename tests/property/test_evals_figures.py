@@ -174,6 +174,12 @@ def test_report_has_every_seed_their_mean_and_the_largest_n(tmp_path, figures):
     assert picture.width > 1000 and len(np.unique(np.asarray(picture))) > 50
 
 
+def test_mean_over_seeds_that_lies_half_way_is_rounded_up():
+  # Three floats of 0.7705 add up to less than 2.3115.
+  mean = report.mean_over([[0.7705]] * 3)
+  assert report._percent([mean]) == "77.1"
+
+
 @pytest.mark.parametrize("numbers", [[1], NUMBERS])
 def test_plot_shows_what_best_of_n_is_held_against(figures, numbers):
   made = figures | {"identity": _identity(n=numbers)}

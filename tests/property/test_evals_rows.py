@@ -203,6 +203,7 @@ def test_rows_of_the_same_models_are_taken_over(tmp_path):
   more = mine | {"n": [1], "samples": 2, "batch": 3}
   assert rows.reusable(path, more) == there
   assert there.models == {"", "sft"}  # of no model: true drawings
+  assert there.drawings == (0,)  # the oldest say nothing of it
 
 
 def test_rows_of_other_prompts_are_not_taken_over(tmp_path):

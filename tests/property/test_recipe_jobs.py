@@ -50,6 +50,14 @@ def test_control_trains_for_as_long_as_reinforcement_learning(
   assert not any(a == "--workdir=runs/sft" for a in job.argv)
 
 
+def test_few_steps_are_timed_without_those_that_compile(tmp_path):
+  step = "time/step_seconds"
+  _write(tmp_path / "sft", [{"step": 20, step: 2.5}, {"step": 30, step: 0.5}])
+  _write(tmp_path / "grpo", [{"step": 2, step: 10.0}])
+  job = jobs.control(jobs.Wanted(quick=True), tmp_path)
+  assert "--config.phases.2_all.steps=40" in job.argv  # 20 s of 0.5 s each
+
+
 def test_reinforcement_learning_goes_on_from_the_model_that_ships():
   """The control needs codes besides, and to know how long a step takes."""
   wanted = jobs.Wanted(base=jobs.SHIPPED)

@@ -116,6 +116,47 @@ def test_guidance_and_filters_are_those_of_the_measurement():
     assert cells == wanted, scale
 
 
+def test_gain_of_the_best_setting_is_that_of_the_measurement():
+  shown = table(README, "signs | setting chosen")
+  where = {"`tiny-sft`": "tiny", "`tiny`": "tiny"}
+  for name, cells in shown.items():
+    of = figures(f"signs/{where.get(name, name.replace(' ', '-'))}", "cfg")
+    model = "sft" if "sft" in name else "rl"
+    wanted = []
+    for engine in ENGINES:
+      chosen = of["chosen"][model][engine].removeprefix("CFG 1, ")
+      chosen = chosen.replace("CFG", "guidance").removeprefix("T 1, ")
+      wanted.append(chosen.replace("T ", "temperature "))
+      wanted.append(points(of["gain"][model][engine]["exact"]["all"]))
+    assert cells == wanted, name
+
+
+def test_aims_that_are_said_to_be_reached_are():
+  shown = table(README, "aim | ")
+  of = {level: figures(f"{level}/tiny")["scores"] for level in LEVELS}
+  mean = lambda line, level="signs", metric="exact": [
+    of[level][engine][metric][line]["all"][0] for engine in ENGINES
+  ]
+  painted, true = mean("decoder on true codes"), mean("true drawings")
+  by_rl = [
+    [
+      figures(path)["scores"][engine]["exact"]["rl T=1"]["all"][0]
+      for engine in ENGINES
+    ]
+    for path in ("signs/tiny", "signs/seed-0", "signs/seed-1", "signs/seed-2")
+  ]
+  rates = [[a / b for a, b in zip(x, painted, strict=True)] for x in by_rl]
+  both = lambda found: "; ".join(str(rounded(x, 3)) for x in found)
+  wanted = [
+    both(a / b for a, b in zip(painted, true, strict=True)),
+    both(mean("sft best of 1")),
+    f"{both(rates[0])} (lowest of the seeds: {both(map(min, *rates))})",
+    both(mean("rl T=1", "posters", "characters")),
+  ]
+  values = [x for (x,) in shown.values()]
+  assert [*values[:3], values[4]] == wanted
+
+
 @pytest.mark.parametrize("text", [README, CARD], ids=["README", "card"])
 def test_colours_are_those_of_the_measurement(text):
   (said,) = (x for x in text.split("\n\n") if "sees no colours" in x)

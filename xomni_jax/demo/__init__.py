@@ -314,7 +314,9 @@ def _drawings(asked, columns, codes, steps):
     for name, column in columns.items():
       reward, exact = _means(column[level])
       rows.append((f"{level}, {name}", count, f"{reward:.3f}", f"{exact:.0%}"))
-  return page.section(
+  own = [page.grid(grids[level]) for level in asked if level not in _LEVELS]
+  parts = page.section("Your prompts", "As below, each.", *own) if own else ""
+  return parts + page.section(
     "Signs and posters that say words which no training image shows",
     "Of each prompt: the codes that were drawn before (equal colours are equal "
     f"codes), their image, the image after {steps} steps of reinforcement "
@@ -322,7 +324,7 @@ def _drawings(asked, columns, codes, steps):
     "at temperature 1, without guidance. Under them is what OCR read, and its "
     "reward.",
     page.table(("model", "prompts", "mean reward", "read exactly"), rows),
-    *map(page.grid, grids.values()),
+    *(page.grid(grids[level]) for level in _LEVELS),
   )
 
 

@@ -264,7 +264,7 @@ def _colours(args):
 
 
 def _score(args):
-  out, done = pathlib.Path(args.out), []
+  out, made = pathlib.Path(args.out), {}
   for name in (best_of_n.NAME, cfg.NAME):
     path = files.kept_rows(out, name)
     if not path.exists():
@@ -279,18 +279,22 @@ def _score(args):
       split: _prompts(identity, files.prompts_path(out, name, split), split)
       for split in identity["prompts"]
     }
-    there = rows.Reusable({}, frozenset())
+    there = rows.Reusable({}, frozenset(), rows.drawings(identity))
     if args.reuse:
       there = rows.reusable(files.kept_rows(args.reuse, name), identity)
-    figures = _FIGURES[name](identity, found, prompts, there)
-    files.write_json(files.figures_path(out, name), figures)
-    done.append(str(files.figures_path(out, name)))
-  if not done:
+    if there.drawings != rows.drawings(identity):
+      both = {*there.drawings, *rows.drawings(identity)}
+      identity["drawing"] = sorted(both)
+    made[name] = _FIGURES[name](identity, found, prompts, there)
+  if not made:
     raise InputError(
       f"{out} has no rows, expected a folder that `xomni eval best-of-n` or "
       "`xomni eval cfg` wrote"
     )
-  print(f"{', '.join(done)}: scored anew")
+  for name, figures in made.items():
+    files.write_json(files.figures_path(out, name), figures)
+  paths = [str(files.figures_path(out, name)) for name in made]
+  print(f"{', '.join(paths)}: scored anew")
 
 
 def _best_of_n_figures(identity, found, prompts, there):

@@ -20,6 +20,10 @@ from xomni_jax.inference.pipeline import Model
 from xomni_jax.inference.sampling import Sampling
 from xomni_jax.mesh import to_host
 
+# Which draws a key makes; to be raised where code makes others of the same key.
+# 0: padding had a part in them, so that a batch's longest prompt did.
+VERSION = 1
+
 _DRAW, _PAINT = range(2)  # what keys are for
 _PARTS = ("vq", "flux", "vae", "clip", "t5")
 

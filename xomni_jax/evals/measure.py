@@ -9,7 +9,7 @@ import collections
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -95,6 +95,7 @@ def run(
   *,
   images: int,
   folder: pathlib.Path,
+  unshown: Collection[str] = (),
 ) -> None:
   """Makes all rows of settings that are not there yet, and their sheets.
 
@@ -106,18 +107,20 @@ def run(
     drawer: by a model's name; only the last one is used.
     images: of a batch.
     folder: of the sheets.
+    unshown: settings without a sheet: keys would now draw other images than
+      those that their rows are of.
   Raises:
     RunError: an engine fails too often.
   """
   whole = [b for s in settings for b in batches(s, asked, images)]
   count = lambda b: len(b.numbers) * b.setting.samples
-  work = [b for b in whole if _is_missing(b, rows, folder)]
+  work = [b for b in whole if _is_missing(b, rows, folder, unshown)]
   if not work:
     return
   total = sum(map(count, whole))
   with progress(total, total - sum(map(count, work))) as bar:
     waiting: collections.deque = collections.deque()
-    keep = _Keeper(asked, rows, folder, bar)
+    keep = _Keeper(asked, rows, folder, unshown, bar)
     full = {s.name: max(1, images // s.samples) for s in settings}
     for batch in work:
       bar.set_description(batch.setting.name, refresh=False)
@@ -143,9 +146,9 @@ def progress(total: int, done: int = 0) -> tqdm:
   )
 
 
-def _is_missing(batch, rows, folder):
+def _is_missing(batch, rows, folder, unshown):
   setting, numbers = batch
-  shown = any(n < SHOWN for n in numbers)
+  shown = setting.name not in unshown and any(n < SHOWN for n in numbers)
   if shown and not sheet_path(folder, setting.name).exists():
     return True
   return any(
@@ -198,9 +201,9 @@ def _items(batch, made, asked):
 class _Keeper:
   """Keeps what was read, and shows the first of it."""
 
-  def __init__(self, asked, rows, folder, bar):
+  def __init__(self, asked, rows, folder, unshown, bar):
     self._asked, self._rows, self._folder = asked, rows, folder
-    self._bar = bar
+    self._unshown, self._bar = unshown, bar
     self._cells: dict[str, dict[int, sheets.Picture]] = {}
     self._seen: collections.Counter = collections.Counter()
 
@@ -230,7 +233,7 @@ class _Keeper:
 
   def _show(self, setting, found) -> None:
     path = sheet_path(self._folder, setting.name)
-    if path.exists():
+    if setting.name in self._unshown or path.exists():
       return
     cells = self._cells.setdefault(setting.name, {})
     for key, image, readings in found:

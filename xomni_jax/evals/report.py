@@ -9,7 +9,7 @@ from typing import Any
 from xomni_jax.errors import InputError
 from xomni_jax.evals import best_of_n, cfg, plots, reading
 from xomni_jax.evals.best_of_n import best_name
-from xomni_jax.evals.rows import METRICS
+from xomni_jax.evals.rows import METRICS, drawings
 from xomni_jax.evals.stats import Estimate, largest_beaten
 
 Runs = Mapping[str, Mapping[str, Any]]  # {seed's name: figures}
@@ -200,12 +200,18 @@ def _about(identity) -> str:
     f"{count} {split} prompts"
     for split, (count, _) in identity["prompts"].items()
   )
+  same = ", under the same random keys" if _same_keys(identity) else ""
   return (
     f"{identity['source']}: {prompts}, {identity['steps']} steps of denoising. "
     "In brackets 95 % intervals: bootstrap over prompts, 10,000 resamples, the "
-    "2.5th and 97.5th percentile; differences are paired by prompt, under the "
-    "same random keys."
+    f"2.5th and 97.5th percentile; differences are paired by prompt{same}."
   )
+
+
+def _same_keys(identity) -> bool:
+  """Whether a key made the same draws in all rows."""
+  version, *others = drawings(identity)
+  return version > 0 and not others
 
 
 def _engines(identity):
@@ -247,7 +253,10 @@ def _markdown(rows) -> str:
 def mean_over(found: Sequence[Sequence]) -> float | None:
   """The mean of seeds' means; None where a seed has none."""
   means = [estimate[0] for estimate in found]
-  return None if None in means else sum(means) / len(means)
+  if None in means:
+    return None
+  # Of what half way is left above or below by the sum, as in `stats`.
+  return round(sum(means) / len(means), 9)
 
 
 def _percent(estimate: Sequence, *, signed: bool = False) -> str:

@@ -23,7 +23,7 @@ from xomni_jax.rewards.journal import Journal, read_journal
 # Of the first line, what may be another when a command goes on, and besides
 # where its rows are reused: an image has a key of its own.
 _FREE = ("folders",)
-_REUSED = (*_FREE, "models", "n", "samples", "batch")
+_REUSED = (*_FREE, "models", "n", "samples", "batch", "drawing")
 METRICS = ("exact", "characters", "reward")
 
 
@@ -129,10 +129,12 @@ class Reusable(NamedTuple):
   Attributes:
     rows: all of them.
     models: names of the models that are the same, "" (none at all) included.
+    drawings: what drew them, see `drawings`.
   """
 
   rows: Mapping[Key, Readings]
   models: frozenset[str]
+  drawings: tuple[int, ...]
 
 
 def reusable(path: pathlib.Path, identity: Mapping[str, Any]) -> Reusable:
@@ -162,7 +164,15 @@ def reusable(path: pathlib.Path, identity: Mapping[str, Any]) -> Reusable:
   ours = identity["models"]
   theirs = there.get("models", {})
   same = {m for m, digest in theirs.items() if ours.get(m) == digest}
-  return Reusable(found, frozenset({"", *same}))
+  return Reusable(found, frozenset({"", *same}), drawings(there))
+
+
+def drawings(identity: Mapping[str, Any]) -> tuple[int, ...]:
+  """Versions of the code that drew (`drawing.VERSION`); of old files, 0.
+
+  Rows of two have no keys in common: they are paired by prompt alone.
+  """
+  return tuple(identity.get("drawing", (0,)))
 
 
 def write_prompts(path: pathlib.Path, asked: Sequence[Asked]) -> None:

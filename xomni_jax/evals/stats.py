@@ -5,7 +5,7 @@ prompts are drawn anew, with replacement, as many as there are, `RESAMPLES`
 times from a fixed seed; the interval goes from the 2.5th to the 97.5th
 percentile of the means. Several images of a prompt are averaged first: prompts
 are taken as independent, which images of one are not. Differences are paired:
-of each prompt one difference, under the same random keys, and then as above.
+of each prompt one difference, and then as above.
 
 Where all prompts have the same value there is nothing to draw anew. Then one
 that has another is as rare as P, the largest share of which `n` prompts show

@@ -78,6 +78,7 @@ class Workbench(contextlib.ExitStack):
       "samples": args.samples,
       "batch": args.batch,
       "engines": self._readers.engines,
+      "drawing": [drawing.VERSION],
       **more,
     }
     path = files.rows_path(self._out, self._name)
@@ -90,6 +91,8 @@ class Workbench(contextlib.ExitStack):
     if args.reuse:
       other = files.kept_rows(args.reuse, self._name)
       self._there = rows.reusable(other, self.identity)
+      both = {drawing.VERSION, *self._there.drawings}
+      self.identity["drawing"] = sorted(both)
     self.rows = rows.Rows(path, self.identity)
     self.callback(self.rows.close)
     for split, some in self._prompts.items():
@@ -97,7 +100,7 @@ class Workbench(contextlib.ExitStack):
 
   def measure(self, settings, prompts) -> None:
     """Makes the rows that are missing."""
-    self._take(settings)
+    unshown = self._take(settings)
     before = len(self.rows.found)
     measure.run(
       settings,
@@ -107,15 +110,21 @@ class Workbench(contextlib.ExitStack):
       self._drawer,
       images=self._args.batch,
       folder=self._out / "sheets" / self._name,
+      unshown=unshown,
     )
     self._images += len(self.rows.found) - before
 
   def _take(self, settings):
-    """Takes what is reused, sheets too: without one, its images are redrawn."""
+    """Takes what is reused, sheets too: without one, its images are redrawn.
+
+    Returns:
+      Settings of which they can't be: keys drew others then.
+    """
     if self._there is None:
-      return
+      return []
     self.rows.add(measure.reused(self._there, settings).items())
-    for setting in (s for s in settings if s.model in self._there.models):
+    taken = [s for s in settings if s.model in self._there.models]
+    for setting in taken:
       there, here = (
         measure.sheet_path(out / "sheets" / self._name, setting.name)
         for out in (self._args.reuse, self._out)
@@ -124,6 +133,8 @@ class Workbench(contextlib.ExitStack):
         make_folder(here.parent)
         with replacing(here) as part:
           shutil.copyfile(there, part)
+    same = self._there.drawings == (drawing.VERSION,)
+    return [] if same else [s.name for s in taken]
 
   def _drawer(self, name: str):
     """The drawer of a model; one is in memory at a time."""

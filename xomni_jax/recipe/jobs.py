@@ -201,7 +201,8 @@ def _usual(seconds: list[float]) -> float:
   runs = [seconds[i : i + _ALIKE] for i in range(0, len(seconds), _ALIKE)]
   whole = [statistics.mean(run) for run in runs if len(run) == _ALIKE]
   # The first is slow in all runs: programs are compiled in it.
-  return statistics.median(whole[1:] or whole or [statistics.mean(seconds)])
+  rest = seconds[_ALIKE:] or seconds
+  return statistics.median(whole[1:] or [statistics.mean(rest)])
 
 
 def _seconds(run: pathlib.Path) -> list[float]:
