@@ -153,7 +153,7 @@ def _tiny():
     "checkpoint": {"every": 20},
     "report": {
       "log_every": 1,
-      "eval_every": 50,
+      "eval_every": 100,
       "eval_batches": 2,
       "preview_every": 10,
     },

@@ -134,8 +134,6 @@ class DecoderOptions:
     grids: (rows, columns) of image tokens of the aspect buckets.
     times: "logit_normal" or "uniform", before the shift by image size.
     token_dropout: share of image tokens whose features are zeroed.
-    noises_per_image: each with a level of its own, that an image is trained at
-      in a step; its latents, features and prompt are worked out once.
     text_len: T5 tokens of a prompt.
     preview_steps: of denoising, in previews.
   """
@@ -143,7 +141,6 @@ class DecoderOptions:
   grids: tuple[tuple[int, int], ...]
   times: str = "logit_normal"
   token_dropout: float = 0.0
-  noises_per_image: int = 1
   text_len: int = 512
   preview_steps: int = 8
 
@@ -159,7 +156,7 @@ class DecoderOptions:
         0 <= self.token_dropout < 1,
         f"token_dropout is {self.token_dropout}, expected 0 to below 1",
       ),
-      *positive(self, "noises_per_image", "text_len", "preview_steps"),
+      *positive(self, "text_len", "preview_steps"),
     )
 
 

@@ -192,35 +192,6 @@ def test_decoder_loss_by_noise_level_makes_the_loss():
   assert abs(np.dot(parts, shares) - value) < 1e-5
 
 
-def test_decoder_loss_of_several_noises_is_their_mean():
-  _, _, params = small()
-  batch, key = some_batch(real=(1, 1, 0, 1)), jax.random.key(1)
-
-  def run(made):
-    context = Context(key, 0, made.totals(batch), train=True)
-    return jax.jit(lambda *x: made.loss(*x, context))(params, batch)
-
-  one = golden_stage().program
-  several = golden_stage("options.noises_per_image=3").program
-  value, metrics = jax.tree.map(float, run(several))
-  cfg, _ = parsed("tiny", *SETTINGS)
-  shares = lib.shares_of_sigma(
-    cfg.options.times, flow.shift(lib.FLUX_SCHEDULER, math.prod(GRID))
-  )
-  # Each noise by itself, drawn by the keys that one noise an image would have.
-  found, real = [], lib.spread
-  for i in range(3):
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(lib, "spread", lambda keys, _, i=i: real(keys, 3)[i::3])
-      found.append(float(run(one)[0]))
-  assert len(set(found)) == 3
-  assert value == pytest.approx(sum(found) / 3, rel=1e-5)
-  parts = [metrics[f"decoder/loss_at_{i / 4:g}"] for i in range(4)]
-  assert value == pytest.approx(float(shares @ np.array(parts)), rel=1e-5)
-  assert several.tokens == 3 * one.tokens
-  assert one.flops < several.flops < 3 * one.flops
-
-
 def test_decoder_rows_without_features_do_not_see_their_codes():
   batch = some_batch()
   _, _, params = small()

@@ -1,5 +1,6 @@
 """What rows of every kind are made from: a mixture of opened sources."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,9 @@ from xomni_jax.errors import InputError
 from xomni_jax.train_config import DataConfig
 
 Arrays = dict[str, np.ndarray]
+
+# One place of the mixture takes as long to find as all of these.
+_BLOCK = 256
 
 
 class Rows(NamedTuple):
@@ -58,7 +62,8 @@ class Feed:
     Raises:
       InputError: from reading or from `make`, with the record's shard and key.
     """
-    source, epoch, record = (int(x[0]) for x in self.mixture.picks([place]))
+    block, i = divmod(place, _BLOCK)
+    source, epoch, record = (int(x[i]) for x in _picks(self.mixture, block))
     rng = np.random.default_rng([self._seed, source, epoch, record])
     name = self.sources[source].name(record)
     try:
@@ -67,6 +72,11 @@ class Feed:
       return make(got, self.tasks[source], rng)
     except InputError as e:
       raise InputError(f"{name}: {e}") from None
+
+
+@functools.lru_cache(256)
+def _picks(mixture: plan.Mixture, block: int) -> plan.Picks:
+  return mixture.picks(np.arange(block * _BLOCK, (block + 1) * _BLOCK))
 
 
 def own_rows(global_batch, process):

@@ -17,7 +17,7 @@ class TokenLoss(NamedTuple):
 
   Attributes:
     nll: f32[], of weight times negative log-likelihood, in nats.
-    correct: f32[], of weight where the target is the likeliest token.
+    correct: f32[], of weight where no token is likelier than the target.
   """
 
   nll: jax.Array
@@ -59,7 +59,8 @@ def token_loss(
     targets = jnp.clip(targets, 0, head_VD.shape[0] - 1)
     chosen = jnp.take_along_axis(logits_BtV, targets[..., None], -1)[..., 0]
     nll = jax.nn.logsumexp(logits_BtV, axis=-1) - chosen
-    correct = jnp.argmax(logits_BtV, axis=-1) == targets
+    # argmax takes eight times as long on a CPU.
+    correct = chosen >= jnp.max(logits_BtV, axis=-1)
     return TokenLoss(
       total.nll + jnp.sum(weights * nll),
       total.correct + jnp.sum(weights * correct),

@@ -2,11 +2,10 @@
 
 Image -> ViT -> codes -> features, which the FLUX transformer sees beside the
 prompt while it learns the velocity from noisy latents of the same image to
-noise. Shape letters: B images, N = B * noises_per_image noisy ones (those of an
-image adjacent), L = h*w image tokens, C packed channels, Z feature channels.
+noise. Shape letters: B images, L = h*w image tokens, C packed channels, Z
+feature channels.
 Source: flow matching as FLUX has it (arXiv:2403.03206, rectified flow with
-logit-normal times), several noises an image as in MAR (arXiv:2406.11838);
-X-Omni (arXiv:2507.22058), section 3.3.
+logit-normal times); X-Omni (arXiv:2507.22058), section 3.3.
 """
 
 import math
@@ -81,7 +80,7 @@ def program(
       "id": shape(jnp.int32),
       "real": shape(jnp.float32),
     },
-    tokens=rows * opts.noises_per_image * h * w,
+    tokens=rows * h * w,
     flops=rows * _flops(cfg, arch, parts, (h, w)),
   )
 
@@ -90,9 +89,9 @@ class Noisy(NamedTuple):
   """A step on the way from latents to noise.
 
   Attributes:
-    latents: f32[N, L, C], (1 - sigma) x0 + sigma noise.
-    sigma: f32[N] in (0, 1].
-    velocity: f32[N, L, C], noise - x0: what is to be learned. An Euler step
+    latents: f32[B, L, C], (1 - sigma) x0 + sigma noise.
+    sigma: f32[B] in (0, 1].
+    velocity: f32[B, L, C], noise - x0: what is to be learned. An Euler step
       adds (next sigma - sigma) times it (`inference.flow.euler_step`).
   """
 
@@ -102,7 +101,7 @@ class Noisy(NamedTuple):
 
 
 def noisy(x0: jax.Array, sigma: jax.Array, noise: jax.Array) -> Noisy:
-  """Latents f32[N, L, C] at noise levels f32[N]."""
+  """Latents f32[B, L, C] at noise levels f32[B]."""
   level = sigma[:, None, None]
   return Noisy((1 - level) * x0 + level * noise, sigma, noise - x0)
 
@@ -156,44 +155,29 @@ def _loss(cfg, arch, scheduler):
     x0_BLC = encode(params["vae"], image, keys_4B[0], cfg, arch)
     features_BLZ = semantic_features(params, image, cfg, arch)
     features_BLZ *= batch["seen"].astype(features_BLZ.dtype)[:, None, None]
-    times = opts.noises_per_image
-    keys_3N = jax.vmap(lambda keys: spread(keys, times))(keys_4B[1:])
-    features_NLZ = jnp.repeat(features_BLZ, times, axis=0)
     if ctx.train and opts.token_dropout:
       drop = lambda key, x: drop_tokens(key, x, opts.token_dropout)
-      features_NLZ = jax.vmap(drop)(keys_3N[2], features_NLZ)
+      features_BLZ = jax.vmap(drop)(keys_4B[3], features_BLZ)
     draw = lambda key: jax.random.normal(key, x0_BLC.shape[1:])
     sigma = lambda key: draw_sigma(key, opts.times, shift)
-    at = noisy(
-      jnp.repeat(x0_BLC, times, axis=0),
-      jax.vmap(sigma)(keys_3N[0]),
-      jax.vmap(draw)(keys_3N[1]),
-    )
-    v_NLC = predict(params, batch, at, features_NLZ, grid, cfg, arch)
-    error_N = jnp.mean(jnp.square(v_NLC - at.velocity), axis=(1, 2))
+    at = noisy(x0_BLC, jax.vmap(sigma)(keys_4B[1]), jax.vmap(draw)(keys_4B[2]))
+    v_BLC = predict(params, batch, at, features_BLZ, grid, cfg, arch)
+    error_B = jnp.mean(jnp.square(v_BLC - at.velocity), axis=(1, 2))
     # Rows that are not real count as nothing, the others alike.
-    share_B = batch["real"] / jnp.maximum(ctx.totals["rows"], 1)
-    error_N *= jnp.repeat(share_B / times, times)
-    value = jnp.sum(error_N)
-    quarter_N = jnp.minimum((at.sigma * _QUARTERS).astype(int), _QUARTERS - 1)
+    error_B *= batch["real"] / jnp.maximum(ctx.totals["rows"], 1)
+    value = jnp.sum(error_B)
+    quarter_B = jnp.minimum((at.sigma * _QUARTERS).astype(int), _QUARTERS - 1)
     shares = shares_of_sigma(opts.times, shift)
     metrics = {
       # Its mean over many rows is the mean error at such noise levels; over a
       # few it also says how many there were.
-      f"decoder/loss_at_{i / _QUARTERS:g}": jnp.sum(error_N * (quarter_N == i))
+      f"decoder/loss_at_{i / _QUARTERS:g}": jnp.sum(error_B * (quarter_B == i))
       / shares[i]
       for i in range(_QUARTERS)
     }
     return value, metrics
 
   return loss
-
-
-def spread(keys: jax.Array, times: int) -> jax.Array:
-  """Keys [B * times], those made of one adjacent; of 1 the same again."""
-  if times == 1:
-    return keys
-  return jax.vmap(lambda key: jax.random.split(key, times))(keys).reshape(-1)
 
 
 def encode(
@@ -223,30 +207,29 @@ def predict(
   params: Params,
   batch: Batch,
   at: Noisy,
-  features_NLZ: jax.Array,
+  features_BLZ: jax.Array,
   grid: tuple[int, int],
   cfg: TrainConfig,
   arch: Architecture,
 ) -> jax.Array:
-  """The transformer's velocity f32[N, L, C]; gradients reach the encoders."""
+  """The transformer's velocity f32[B, L, C]; gradients reach the encoders."""
   text = text_encoders.T5Encoder(arch.t5, cfg.compute).apply(
     {"params": params["t5"]}, batch["t5_ids"]
   )
   _, pooled = text_encoders.CLIPText(arch.clip, cfg.compute).apply(
     {"params": params["clip"]}, batch["clip_ids"]
   )
-  of_each = lambda x: jnp.repeat(x, len(at.sigma) // len(x), axis=0)
-  v_NLC = flux.Flux(arch.flux, cfg.compute).apply(
+  v_BLC = flux.Flux(arch.flux, cfg.compute).apply(
     {"params": params["flux"]},
     at.latents,
-    of_each(text),
-    of_each(pooled),
+    text,
+    pooled,
     at.sigma,
     jnp.full_like(at.sigma, flow.GUIDANCE),
     grid,
-    features_NLZ,
+    features_BLZ,
   )
-  return v_NLC.astype(jnp.float32)
+  return v_BLC.astype(jnp.float32)
 
 
 def trained_parts(cfg: TrainConfig, parts: dict[str, Part]) -> set[str]:
@@ -266,7 +249,7 @@ def _flops(cfg, arch, parts, grid):
   text = cfg.options.text_len
   sides = [n * arch.siglip.patch for n in grid]
   forward = {
-    "flux": cfg.options.noises_per_image * flops.flux(arch.flux, grid, text),
+    "flux": flops.flux(arch.flux, grid, text),
     "vq": flops.vq_encoder(arch.vq, grid) + flops.vq_decoder(arch.vq, grid),
     "siglip": flops.siglip(arch.siglip, grid),
     "vae": flops.vae_encoder(arch.vae, *sides),
