@@ -4,6 +4,7 @@ Heavy imports wait until a verb needs them, so that `--help` is instant.
 """
 
 import argparse
+import errno
 import hashlib
 import os
 import pathlib
@@ -13,6 +14,11 @@ import sys
 from xomni_jax import verbs
 from xomni_jax.errors import InputError, RunError
 from xomni_jax.inference.shipped import DEFAULT, NAMES
+
+_NO_ROOM = {
+  *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+  *(errno.EROFS, errno.EACCES, errno.EPERM),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,6 +45,17 @@ def main(argv: list[str] | None = None) -> int:
     return args.run(args) or 0
   except InputError as e:
     print(f"xomni {args.verb}: error: {e}", file=sys.stderr)
+    return 2
+  except OSError as e:
+    # Of a disk and its rights, which anything that is written may meet.
+    if e.errno not in _NO_ROOM:
+      raise
+    place = f"{e.filename} " if e.filename else ""
+    print(
+      f"xomni {args.verb}: error: {place}can't be written ({e.strerror}); make "
+      "room there, or name another place",
+      file=sys.stderr,
+    )
     return 2
   except RunError as e:
     print(f"xomni {args.verb}: {e}", file=sys.stderr)

@@ -58,14 +58,22 @@ def make_mesh(
   """A mesh over the first `slice * data * fsdp * tensor * context` devices.
 
   Raises:
-    InputError: a size is below 1, there are too few devices, or `slice` is not
-      the number of TPU slices they lie on.
+    InputError: a size is below 1, there are too few devices, several processes
+      would leave some of theirs out, or `slice` is not the number of TPU slices
+      they lie on.
   """
   sizes = (slice, data, fsdp, tensor, context)
-  devices = jax.devices() if devices is None else list(devices)
+  of_all = devices is None
+  devices = jax.devices() if of_all else list(devices)
   count = math.prod(sizes)
+  given = ", ".join(f"{a}={n}" for a, n in zip(AXES, sizes, strict=True))
+  if of_all and count < len(devices) and jax.process_count() > 1:
+    # Each process holds what lies on its devices, and some had nothing.
+    raise InputError(
+      f"mesh {given} has {count} of {len(devices)} devices, expected all of "
+      f"{jax.process_count()} processes; -1 gives an axis what is left"
+    )
   if min(sizes) < 1 or count > len(devices):
-    given = ", ".join(f"{a}={n}" for a, n in zip(AXES, sizes, strict=True))
     raise InputError(
       f"mesh {given} needs {count} devices, got {len(devices)}; "
       "lower a size (each at least 1)"
@@ -137,8 +145,15 @@ def fill(sizes: Mapping[str, int], count: int) -> dict[str, int]:
   """Axis sizes in which one -1 stands for what is left of `count` devices.
 
   Raises:
-    InputError: several are -1, or the others do not divide `count`.
+    InputError: an axis is unknown or its size neither -1 nor above 0, several
+      are -1, or the others do not divide `count`.
   """
+  good = all(n == -1 or n > 0 for n in sizes.values())
+  if not good or not sizes.keys() <= {*AXES}:
+    raise InputError(
+      f"mesh {dict(sizes)}: expected some of the axes {', '.join(AXES)}, each "
+      "of a size above 0, or -1 for what is left"
+    )
   fixed = math.prod(n for n in sizes.values() if n != -1)
   free = [axis for axis, n in sizes.items() if n == -1]
   if len(free) > 1 or (free and count % fixed):

@@ -85,7 +85,7 @@ class TokenizerOptions:
   def __post_init__(self):
     validate(
       self,
-      (len(self.grids) > 0, "grids is empty"),
+      _pairs(self, "grids", "(rows, columns) of image tokens"),
       *positive(
         self, "text_len", "temperature", "kmeans_batches", "loss_chunk"
       ),
@@ -147,7 +147,7 @@ class DecoderOptions:
   def __post_init__(self):
     validate(
       self,
-      (len(self.grids) > 0, "grids is empty"),
+      _pairs(self, "grids", "(rows, columns) of image tokens"),
       (
         self.times in ("logit_normal", "uniform"),
         f"times is {self.times!r}, expected 'logit_normal' or 'uniform'",
@@ -239,11 +239,7 @@ class GRPOOptions:
         *("minibatches", "epochs", "temperature", "prompt_len", "paint_rows"),
         *("paint_steps", "loss_chunk"),
       ),
-      (
-        len(self.sizes) > 0
-        and all(len(s) == 2 and min(s) > 0 for s in self.sizes),
-        f"sizes is {self.sizes}, expected (height, width) pairs in px",
-      ),
+      _pairs(self, "sizes", "(height, width) in px"),
       *(
         (
           size == -1 or size > 0,
@@ -299,3 +295,12 @@ OPTIONS = {
   "decoder": DecoderOptions,
   "grpo": GRPOOptions,
 }
+
+
+def _pairs(config, name, what):
+  """A check for `validate`: a field holds pairs of numbers above 0."""
+  pairs = getattr(config, name)
+  return (
+    len(pairs) > 0 and all(len(p) == 2 and min(p) > 0 for p in pairs),
+    f"{name} is {pairs}, expected one or more {what}, above 0",
+  )

@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from tests.aot.test_plan import GIB, ROOT, needs_libtpu, plans, run
 from xomni_jax import plan
 from xomni_jax.errors import InputError
+from xomni_jax.plan.compiling import Target, mesh_of
+from xomni_jax.plan.rollout import plan_rollout
 from xomni_jax.training import configure
 
 SMALL = ROOT / "tests" / "aot" / "small_pretrain.py"
@@ -171,6 +174,15 @@ def test_plan_of_a_rollout_has_its_four_programs(tmp_path):
     *("--target", "cpu:2"),
   )
   assert set(found) == {"train grpo", "grpo draw", "grpo paint", "grpo measure"}
+
+
+def test_plan_of_a_rollout_takes_another_mesh_than_the_configs():
+  config = configure.read(f"{ROOT}/configs/grpo.py:tiny")
+  config.mesh = {"data": -1, "fsdp": 3}
+  target = Target("cpu:1", jax.devices()[:1], None)
+  with pytest.raises(InputError, match="does not fit 1 devices"):
+    plan_rollout(config, target)
+  assert plan_rollout(config, target, mesh_of(target, "data=1"))
 
 
 def test_plan_of_training_needs_a_config():

@@ -1,6 +1,8 @@
 """The command line: what a user types, and the files that come of it."""
 
+import errno
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -260,3 +262,22 @@ def test_prompts_of_a_file_are_drawn_in_order(xomni, tmp_path):
   assert np.array_equal(
     both, json.loads((tmp_path / "cat.json").read_text())["codes"]
   )
+
+
+@pytest.mark.parametrize(
+  ("number", "status"), [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EIO, None)]
+)
+def test_disk_that_takes_nothing_is_one_line(
+  monkeypatch, capsys, number, status
+):
+  def plan(rest):
+    raise OSError(number, os.strerror(number), "/full/plan.json")
+
+  monkeypatch.setattr("xomni_jax.plan.main", plan)
+  if status is None:  # no matter of rights or room
+    with pytest.raises(OSError):
+      cli.main(["plan"])
+    return
+  assert cli.main(["plan"]) == status
+  (line,) = capsys.readouterr().err.splitlines()
+  assert f"/full/plan.json can't be written ({os.strerror(number)})" in line

@@ -174,6 +174,9 @@ def test_bad_settings_are_refused_on_one_line(path, value, says):
     ("vae", "crops=()", r"crops is \(\), expected sides in px"),
     ("vae", "kl=-1", "kl: expected from 0"),
     ("decoder", "text_len=0", "text_len is 0, expected above 0"),
+    ("tokenizer", "grids=((6, 6), (0, 8))", r"expected one or more \(rows"),
+    ("decoder", "grids=()", r"grids is \(\), expected one or more \(rows"),
+    ("grpo", "sizes=((96, 0),)", r"expected one or more \(height, width\)"),
     ("decoder", "preview_steps=0", "preview_steps is 0, expected above 0"),
   ],
 )
@@ -208,6 +211,17 @@ def test_one_mesh_axis_takes_what_is_left():
   for sizes in ({"data": -1, "fsdp": -1}, {"data": -1, "fsdp": 3}):
     with pytest.raises(InputError, match="does not fit 8 devices"):
       fill(sizes, 8)
+  for sizes in ({"data": -1, "fsdp": 0}, {"data": -2}, {"model": 1}):
+    with pytest.raises(InputError, match="expected some of the axes slice, "):
+      fill(sizes, 8)
+
+
+def test_mesh_of_several_processes_has_all_their_devices(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(jax, "devices", lambda: ["a", "b"])
+  with pytest.raises(InputError, match="has 1 of 2 devices") as e:
+    make_mesh(data=1)
+  assert "\n" not in str(e.value)
 
 
 _ADDRESSES = [

@@ -146,6 +146,8 @@ def test_fused_path_asks_for_all_rewards_of_all_devices_at_once(
   assert np.stack(tables).shape == (2, 4, 3, 4)
   assert (np.stack(tables)[..., 0] == 1).all()
   assert all(sorted(found) == [*range(8)] for found in fused.scores.values())
+  # What is shown with its scores is what was asked for here.
+  assert sorted(fused.images) == [*range(8)]
 
 
 def test_what_a_server_says_besides_its_score_breaks_nothing(
@@ -180,6 +182,54 @@ def test_steps_that_were_watched_are_read_or_refused(tmp_path):
     with pytest.raises(InputError, match="line 1 is not about a step") as e:
       rewarder(tmp_path)._history_before(3)
     assert "\n" not in str(e.value)
+
+
+def test_run_that_an_outage_stopped_goes_on_once_it_is_over(
+  tmp_path, monkeypatch
+):
+  failing = set()
+
+  def scorer(items):
+    return [
+      wire.failed(i.id, "http", "no")
+      if int(i.id) in failing
+      else wire.Score(i.id, True, 0.5, {})
+      for i in items
+    ]
+
+  monkeypatch.setattr(rewarding, "open_scorer", lambda *args: scorer)
+  image = np.zeros((2, 2, 3), np.uint8)
+  images = dict.fromkeys(range(8), image)
+
+  def hear(asking, step):
+    asking.hear(asking.ask(step, [Prompt("p", "a sign")] * 8, images))
+
+  open_again = lambda: rewarder(tmp_path, window=20, max_failure_rate=0.2)
+  first, step = open_again(), 0
+  hear(first, step)
+  failing |= set(range(8))
+  with pytest.raises(RunError, match="start the run again"):
+    for step in range(1, 20):
+      hear(first, step)
+  first.close()
+  # Still down: it stops at once, and does not go through steps for nothing.
+  for _ in range(2):
+    again = open_again()
+    with pytest.raises(RunError):
+      hear(again, step)
+    again.close()
+  # What failed before is over; as ever some may fail.
+  last = open_again()
+  failing.intersection_update({0})
+  end = step + 10
+  for later in range(step, end):
+    hear(last, later)
+  last.close()
+  # One that is killed then knows what it would have known.
+  read, stopped = open_again()._history_before(end)
+  assert read == last._history
+  assert not stopped
+  assert read.failures == [[8, 1]] * 10
 
 
 def test_caption_of_any_text_goes_into_a_file():

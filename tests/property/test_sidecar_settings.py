@@ -89,6 +89,7 @@ def test_sidecar_settings_change_by_key_and_value():
       ["port=-1"],
       "port is -1, expected a whole number of at least 0",
     ),
+    (CONFIG, "ocr", ["port=80000"], "and at most 65535"),
     (CONFIG, "ocr", ["max_items=1.5"], "max_items is 1.5"),
     (CONFIG, "ocr", ["replicas=True"], "replicas is True"),
     (CONFIG, "ocr", ["timeout_s=1e999"], "timeout_s is inf"),

@@ -1,5 +1,7 @@
 """The loop on a stage of two numbers: what it does in which order."""
 
+import dataclasses
+import json
 import time
 
 import jax
@@ -108,6 +110,25 @@ def test_profile_ends_with_a_run_that_is_told_to_stop(tmp_path, monkeypatch):
   stop_at(monkeypatch, 3)
   assert train(tmp_path, profile=(2, 100)) == EXIT_PREEMPTED
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_no_profile_begins_as_the_run_ends(tmp_path):
+  assert train(tmp_path, profile=(STEPS, STEPS + 1)) == 0
+  assert not (tmp_path / "profile").exists()
+
+
+def test_held_out_rows_know_the_last_step_that_is_done(tmp_path):
+  """A loss that changes in the run is measured as it was trained."""
+
+  def loss(params, batch, context):
+    return jnp.sum(params["m"]["w"]), {"at": context.step}
+
+  made = stage()
+  program = dataclasses.replace(made.program, loss=loss)
+  assert train(tmp_path, dataclasses.replace(made, program=program)) == 0
+  lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+  found = {x["step"]: x["held_out/at"] for x in lines if "held_out/at" in x}
+  assert found == {2: 1, 4: 3}
 
 
 def test_run_is_said_to_be_saved_once_its_checkpoint_is_there(

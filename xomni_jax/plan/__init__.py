@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
     InputError: bad arguments, no libtpu, or a program that does not fit.
   """
   args = _parse(argv)
+  if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
+    raise InputError(f"--json {args.json}: its folder does not exist")
   programs = _train(args) if args.program == "train" else _inference(args)
   # Compiled anew whatever a cache holds, so that the seconds are true.
   jax.config.update("jax_enable_compilation_cache", False)
@@ -56,7 +58,7 @@ def _train(args):
   mesh = mesh_of(target, args.mesh) if args.mesh else None
   programs = [lambda: plan_train(config, target, mesh)]
   if config.stage == "grpo":
-    programs += plan_rollout(config, target)
+    programs += plan_rollout(config, target, mesh)
   return programs
 
 
@@ -99,7 +101,7 @@ def _parse(argv):
   add(
     "--mesh",
     metavar="data=N,fsdp=N,tensor=N",
-    help="default: what was measured best for each program",
+    help="default: what was measured best; of `train` its config's",
   )
   add("--json", metavar="FILE", help="write the plans there too")
   return parser.parse_args(argv)

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from xomni_jax import mesh as mesh_lib
@@ -27,20 +28,22 @@ _TEXT = 512  # T5 tokens of a prompt, padding included
 
 
 def plan_rollout(
-  config: ConfigDict, target: Target
+  config: ConfigDict, target: Target, mesh: Mesh | None = None
 ) -> list[Callable[[], Plan]]:
   """What makes a rollout of images of the largest size, each to be compiled.
 
   Args:
     config: of stage `grpo`.
     target: on whose devices the run's mesh and its rollout's mesh lie.
+    mesh: the run's; None: the config's own.
   """
   cfg, arch = configure.parse(config, "config")
   count, opts = len(target.devices), cfg.options
   make = lambda sizes: mesh_lib.make_mesh(
     **mesh_lib.fill(dict(sizes), count), devices=target.devices
   )
-  mesh, rollout = make(cfg.mesh), make(opts.rollout_mesh or cfg.mesh)
+  mesh = mesh or make(cfg.mesh)
+  rollout = make(opts.rollout_mesh) if opts.rollout_mesh else mesh
   px = arch.siglip.patch
   h, w = max(
     ((h // px, w // px) for h, w in opts.sizes), key=lambda g: g[0] * g[1]

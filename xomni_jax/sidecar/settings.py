@@ -74,10 +74,15 @@ class App:
         int: type(value) is int,
         float: type(value) in (int, float) and math.isfinite(value),
       }.get(field.type, isinstance(value, Mapping))
-      least = _LEAST.get(field.name)
-      if not good or (least is not None and value < least):
+      least, most = _LEAST.get(field.name), _MOST.get(field.name)
+      beyond = good and (
+        (least is not None and value < least)
+        or (most is not None and value > most)
+      )
+      if not good or beyond:
         kind = _KINDS.get(field.type, "mapping")
         bound = "" if least is None else f" of at least {least}"
+        bound += "" if most is None else f" and at most {most}"
         problems.append(f"{field.name} is {value!r}, expected a {kind}{bound}")
     if problems:
       raise InputError(f"application {self.name!r}: {'; '.join(problems)}")
@@ -118,6 +123,7 @@ _LEAST = {
   "max_pixels": 1,
   "max_aspect": 1,
 }
+_MOST = {"port": 65535}
 
 
 def read_app(spec: str, name: str, changes: Sequence[str] = ()) -> App:

@@ -353,6 +353,7 @@ class _Run:
         self.frozen,
         step_lib.place_batch(rows.arrays, self.layout.mesh),
         self.held_out_key,
+        np.int32(max(self.step - 1, 0)),
       )
       for name, value in jax.device_get(metrics).items():
         name = f"held_out/{name.removeprefix(self.cfg.stage + '/')}"
@@ -391,7 +392,7 @@ class _Run:
         jax.profiler.stop_trace()
       self.profiling = False
       self.log.line(f"profile from step {first}: {self.workdir}/profile")
-    elif self.step == first != last:
+    elif self.step == first != last and not over:
       if jax.process_index() == 0:
         start_profile(self.workdir / "profile")
       self.profiling = True

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import io_callback, multihost_utils
 
 from xomni_jax.data.prompts import Prompt
-from xomni_jax.errors import InputError
+from xomni_jax.errors import InputError, RunError
 from xomni_jax.reward_config import CombineConfig, RewardConfig, parse_source
 from xomni_jax.rewards import combine, journal, ledger, text_lines, wire
 from xomni_jax.rewards.open import open_scorer
@@ -175,6 +175,7 @@ class Rewarder:
       self._fused = _Fused(self._score, names, mesh, self._lines)
     self._fused.step, self._fused.prompts = step, prompts
     self._fused.scores = {name: {} for name in self._scorers}
+    self._fused.images = {}
     return self._fused
 
   def hear(self, asked: Asked, *, watch: bool = True) -> Heard:
@@ -203,28 +204,53 @@ class Rewarder:
     )
     warnings: Sequence[str] = ()
     if watch:
-      self._history, warnings = combine.watch(
-        self._history or self._history_before(asked.step),
-        found,
-        self._rewards,
-        self._cfg,
-      )
-      drifts = combine.drift_metrics(self._history, self._rewards, self._cfg)
-      found = found._replace(metrics={**found.metrics, **drifts})
-      if self._journal:
-        seen = {"failures": [found.asked, found.failed], "means": found.means}
-        self._journal.try_add([{"step": asked.step, **seen}])
+      found, warnings = self._watch(asked.step, found)
     return Heard(found, columns, scores, seconds, warnings)
 
-  def _history_before(self, step: int) -> combine.History:
-    """What a run that is resumed had seen up to there."""
+  def _watch(self, step: int, found: combine.Combined):
+    """A step with drifts among its metrics, and warnings."""
+    history, stopped = self._history, False
+    if history is None:
+      history, stopped = self._history_before(step)
+    if stopped and self._is_mended(found.asked, found.failed):
+      history = history._replace(failures=[])
+    try:
+      self._history, warnings = combine.watch(
+        history, found, self._rewards, self._cfg
+      )
+    except RunError:
+      self._note({"stopped": step})
+      raise
+    drifts = combine.drift_metrics(self._history, self._rewards, self._cfg)
+    failures = [found.asked, found.failed]
+    self._note({"step": step, "failures": failures, "means": found.means})
+    return found._replace(metrics={**found.metrics, **drifts}), warnings
+
+  def _note(self, line):
+    if self._journal:
+      self._journal.try_add([line])
+
+  def _is_mended(self, asked, failed):
+    """Whether a first step after a stop shows that its cause is gone.
+
+    Failures before the stop then count no more: they had used up what may
+    fail, so that a single one would stop the run again.
+    """
+    return failed <= self._cfg.max_failure_rate * asked
+
+  def _history_before(self, step: int) -> tuple[combine.History, bool]:
+    """What a resumed run had seen up to there; whether that stopped it."""
     if not self._watched.exists():
-      return combine.History([], [])
-    by_step = {}
+      return combine.History([], []), False
+    by_step, stopped = {}, False
     for number, line in enumerate(journal.read_journal(self._watched), 1):
       match line:
         case {"step": int(), "failures": [int(), int()], "means": dict()}:
-          by_step[line["step"]] = line
+          if stopped and self._is_mended(*line["failures"]):
+            by_step = {k: v | {"failures": None} for k, v in by_step.items()}
+          by_step[line["step"]], stopped = line, False
+        case {"stopped": int()}:
+          stopped = True
         case _:
           raise InputError(
             f"{self._watched}, line {number} is not about a step, expected a "
@@ -232,10 +258,9 @@ class Rewarder:
           )
     seen = [by_step[s] for s in sorted(by_step) if s < step]
     keep = max(self._cfg.window, 2 * self._cfg.drift_window)
-    return combine.History(
-      [line["failures"] for line in seen[-keep:]],
-      [line["means"] for line in seen[-keep:]],
-    )
+    failures = [line["failures"] for line in seen[-keep:]]
+    means = [line["means"] for line in seen[-keep:]]
+    return combine.History([f for f in failures if f], means), stopped
 
   def close(self) -> None:
     """Waits for no server; Python waits for the pool's threads as it ends."""
@@ -250,13 +275,15 @@ class _Fused:
 
   Sharded over fewer axes it would score images twice. Devices call at once,
   and each asks for all rewards at once: a server that hangs costs a pass of
-  painting its deadline, not each device and reward one.
+  painting its deadline, not each device and reward one. `images` and `scores`
+  are those of this process's devices.
   """
 
   def __init__(self, score, names, mesh, lines):
     self._score, self._names, self._mesh = score, names, mesh
     self._lines = lines
     self.step, self.prompts, self.scores = 0, (), {}
+    self.images: dict[int, np.ndarray] = {}
 
   def __call__(self, images: jax.Array, rows: jax.Array) -> jax.Array:
     """f32[n, R, 4 + 3 K], see `_table`; for use inside `jit`.
@@ -283,6 +310,7 @@ class _Fused:
   def _ask(self, images, rows) -> np.ndarray:
     images, rows = np.asarray(images), np.asarray(rows)
     mine = {int(r): images[i] for i, r in enumerate(rows) if r >= 0}
+    self.images.update(mine)
 
     def ask(name):
       found = self._score(name, self.step, self.prompts, mine)

@@ -227,7 +227,7 @@ class Roller:
     grid: tuple[int, int],
     score: Callable | None = None,
   ) -> tuple[dict[int, np.ndarray], np.ndarray | None]:
-    """{row: u8[H, W, 3]} of the images that are this process's to look at.
+    """Images {row: u8[H, W, 3]} that are this process's to look at.
 
     Args:
       codes: i32[N, h*w].
@@ -237,8 +237,8 @@ class Roller:
       score: (images, rows i32) -> [n, R, 4 + 3K], computed in the same
         program; K are the lines that are told apart.
     Returns:
-      the images, and what `score` says of all rows, [R, N, 4 + 3K], if it is
-      given.
+      the images, and None; where `score` is given, none, since it has seen
+      them, and what it says of all rows, [R, N, 4 + 3K].
     """
     opts, count = self.options, len(codes)
     keys = self.keys(rollout, count, PAINT)
@@ -267,11 +267,12 @@ class Roller:
         grid=tuple(grid),
         cfg_scale=opts.paint_cfg_scale,
       )
+      if score:
+        tables.append(to_host(table)[there])
+        continue
       for i, pixels in own_rows(image):
         if first + i < count:
           mine[first + i] = pixels
-      if score:
-        tables.append(to_host(table)[there])
     if not score:
       return mine, None
     return mine, np.moveaxis(np.concatenate(tables), 0, 1)

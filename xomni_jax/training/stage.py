@@ -39,7 +39,7 @@ class Context(NamedTuple):
 
   Attributes:
     key: of this step, the same on every device; draw per row with `row_keys`.
-    step: i32[], of the run.
+    step: i32[], of the run; on held-out batches the last that is done.
     totals: sums over the global batch of what `Program.totals` returned.
     train: False on held-out batches (no dropout).
   """

@@ -162,14 +162,15 @@ def train_step(
 
 
 def eval_step(cfg: TrainConfig, program: Program, layout: Layout) -> Callable:
-  """(params, frozen, batch, key) -> metrics of held-out rows, jitted."""
+  """(params, frozen, batch, key, done) -> metrics of held-out rows, jitted.
+
+  `done` is the last step that the parameters have been through, i32[].
+  """
 
   @jax.jit
-  def step(params, frozen, batch, key):
+  def step(params, frozen, batch, key, done):
     run = _on_rows(cfg, program, layout, grads=False)
-    loss, metrics, *_ = run(
-      {}, {**params, **frozen}, batch, key, jnp.full((), cfg.steps, jnp.int32)
-    )
+    loss, metrics, *_ = run({}, {**params, **frozen}, batch, key, done)
     return {**program.summarise(metrics), "loss": loss}
 
   return step

@@ -253,7 +253,9 @@ class _Run:
         fused,
       )
     if fused:
-      return Asked(step, images, each, {}, table)
+      # Not those that a device holds: it asks for others where several of a
+      # tensor group hold the same.
+      return Asked(step, fused.images, each, {}, table)
     return self._rewarder.ask(step, each, images)
 
   def _spelled(self, prompt: Prompt) -> str:
