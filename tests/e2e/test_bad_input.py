@@ -7,6 +7,7 @@ nothing half-written.
 import json
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -104,6 +105,13 @@ PROMPTS = {
     '{"prompt": "a", "id": "../x"}',
     "p.jsonl",
     ["no file name"],
+  ),
+  "an id that no file system has": (
+    json.dumps({"prompt": "a", "id": "x" * 300})
+    + "\n"
+    + json.dumps({"prompt": "b", "id": "\0"}),
+    "p.jsonl",
+    ["line 1 has id 'xxx", "line 2 has id '\\x00', which is no file name"],
   ),
   "an id twice": (
     '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}',
@@ -242,6 +250,15 @@ def test_unknown_model_is_refused_in_one_line(fails):
     (lambda m: m.generate("x", size=(96.0, 96.0)), "two whole numbers"),
     (lambda m: m.generate([1], size=(96, 96)), "prompt is 1, expected a text"),
     (lambda m: m.chat(None, None), "question is None, expected a text"),
+    (lambda m: m.generate(None, (96, 96)), "prompts is None, expected a text"),
+    (
+      lambda m: m.generate("x", (96, 96), temperature="1"),
+      "temperature is '1', expected a number",
+    ),
+    (lambda m: m.generate("x", (96, 96), seed=True), "seed is True"),
+    (lambda m: m.logits([[1, 2], [3]]), "padded on the left and a mask"),
+    (lambda m: m.decode([[1, 2], [3]]), "codes is no array"),
+    (lambda m: m.encode([[1, 2], [3]]), "image is no array"),
   ],
 )
 def test_arguments_of_another_type_are_refused(call, words, tiny):
@@ -249,10 +266,25 @@ def test_arguments_of_another_type_are_refused(call, words, tiny):
     call(tiny)
 
 
+def test_part_that_was_not_loaded_is_named_before_any_work(monkeypatch):
+  ours, flux = TINY / "xomni", TINY / "flux1"
+  for only in ("ar", ("ar", "flux"), ("ear",)):
+    with pytest.raises(xomni_jax.InputError, match="expected a list of ar, "):
+      xomni_jax.load(ours, only=only)
+  model = xomni_jax.load(ours, flux=flux, only=("ar",))
+  with pytest.raises(xomni_jax.InputError, match=r"needs the FLUX.1-dev parts"):
+    model.generate("A red sign", (32, 32))
+  with pytest.raises(xomni_jax.InputError, match="the part 'siglip', loaded"):
+    model.encode(Image.new("RGB", (96, 96)))
+  drawn = model.generate("x", (32, 32), decode=False, seed=np.int64(1))
+  assert drawn.codes.shape == (1, 2, 2)
+
+
 @pytest.mark.parametrize(
   ("verb", "flags", "words"),
   [
     ("demo", ["--steps", "0"], "--steps is 0"),
+    ("demo", ["--prompt", " "], "prompt 1 of 1 is empty"),
     ("demo", ["--out", __file__], "the folder can't be made"),
     ("recipe", ["--seed", "-1"], "--seed is -1"),
     ("recipe", ["--out", __file__], "the folder can't be made"),

@@ -294,3 +294,35 @@ def test_export_fills_an_empty_folder(original, tmp_path):
   out.mkdir()
   checkpoint.export(SOURCE, out)
   assert_same_bits(read_all(out), original)
+
+
+def test_export_fills_an_empty_folder_behind_a_link(original, tmp_path):
+  (tmp_path / "there").mkdir()
+  (tmp_path / "out").symlink_to(tmp_path / "there")
+  checkpoint.export(SOURCE, tmp_path / "out")
+  assert_same_bits(read_all(tmp_path / "there"), original)
+
+
+def test_export_to_a_mount_point_is_refused_before_it_works(
+  monkeypatch, tmp_path
+):
+  """It can't be replaced by the folder that was written beside it."""
+  monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+  monkeypatch.setattr(checkpoint, "write_weights", None)
+  with pytest.raises(InputError, match="is a mount point; name a new folder"):
+    checkpoint.export(SOURCE, tmp_path)
+
+
+def test_export_without_torch_says_so_before_the_largest_file(
+  monkeypatch, tmp_path
+):
+  written = []
+  monkeypatch.setitem(sys.modules, "torch", None)
+  monkeypatch.setattr(
+    checkpoint.released,
+    "write_safetensors",
+    lambda folder, stem, _: written.append(stem),
+  )
+  with pytest.raises(InputError, match=r"writing a \.pt file needs torch"):
+    checkpoint.export("tiny", tmp_path / "out")
+  assert not written

@@ -247,12 +247,46 @@ def test_jsonl_gives_images_beside_it_and_names_broken_lines(tmp_path):
   refused("a list", got.__getitem__, 3)
   refused("codes is .*; text is no good: 5; qa is", got.__getitem__, 4)
   refused("expected Unicode", got.__getitem__, 5)
+  endless = {"width": float("inf"), "boxes": [["a", 0, 1, 2, float("nan")]]}
+  (tmp_path / "x.jsonl").write_text(json.dumps(endless))
+  refused(
+    "boxes is no good: .*; width is no good: inf",
+    source(tmp_path).__getitem__,
+    0,
+  )
+  got = source(tmp_path)
+  (tmp_path / "x.jsonl").unlink()
+  refused("FileNotFoundError", got.__getitem__, 0)
+
+
+def test_folder_without_some_of_its_shards_is_refused(tmp_path):
+  """More of them later would be other records to a run that is resumed."""
+  name = "codes-{:05d}-of-00003"
+  for i in (0, 2):
+    shard(tmp_path, name.format(i), range(2))
+  missing = name.format(1) + ".array_record"
+  refused(f"has 2 of 00003 shards, {missing} is missing", source, tmp_path)
+  assert len(source(tmp_path / "codes-*")) == 4  # asked for as they are
+  # One whose records are all bad is not written.
+  (tmp_path / f"{missing}.bad.txt").write_text("a bad one\n")
+  assert len(source(tmp_path)) == 4
+
+
+def test_record_that_can_not_be_stored_is_refused(tmp_path):
+  for record in ({"width": np.int64(5), "height": 5}, {"text": "\ud800"}):
+    refused(
+      "can't be written",
+      records.write_records,
+      tmp_path / "x.array_record",
+      [record],
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_folder_gives_images_with_captions_beside_them(tmp_path):
   (tmp_path / "deep").mkdir()
   (tmp_path / "b.png").write_bytes(png(1))
-  (tmp_path / "b.txt").write_text("a caption\n")
+  (tmp_path / "b.txt").write_text("\ufeffa caption\n")  # as Windows marks it
   (tmp_path / "deep" / "a.JPG").write_bytes(png(2, 3, 4))
   (tmp_path / ".hidden.png").write_bytes(b"")
   got = source(tmp_path)
@@ -282,6 +316,8 @@ def test_sources_that_are_not_there_are_refused(tmp_path):
   refused("does not exist, expected a file", source, tmp_path / "none")
   refused("holds nothing to read", source, tmp_path)
   refused("holds nothing to read", source, tmp_path / "*.png")
+  refused("is no glob", source, tmp_path / "a**b" / "*.jsonl")
+  refused("expected a file", source, "~nobody-of-this-name/x")
   (tmp_path / "x.jsonl").write_text("\n")
   refused("holds no record", source, tmp_path)
   with pytest.raises(InputError):

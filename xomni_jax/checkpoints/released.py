@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import shutil
 import uuid
@@ -263,14 +264,16 @@ def staged(out: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder to fill, which becomes `out` if nothing fails.
 
   Raises:
-    InputError: `out` exists and is not an empty folder, or can't be made or
-      written.
+    InputError: `out` exists and is not an empty folder, or can't be made,
+      replaced or written.
   """
-  out = out.absolute()
+  out = out.resolve()  # a link to a folder stays one
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise InputError(
       f"{out}: exists already; name a new folder, or remove it first"
     )
+  if os.path.ismount(out):
+    raise InputError(f"{out}: is a mount point; name a new folder in it")
   # To be seen, for a kill may leave gigabytes. See `checks.beside`: no pid.
   staging = out.with_name(f"{out.name}.partial-{uuid.uuid4().hex}")
   made = [parent for parent in out.parents if not parent.exists()]

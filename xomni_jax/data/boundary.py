@@ -43,13 +43,24 @@ def encodable(text: str) -> str:
   return text
 
 
+def array(name: str, value, expected: str, dtype=None) -> np.ndarray:
+  """A caller's value as an array; InputError where it is none."""
+  try:
+    return np.asarray(value, dtype)
+  except (TypeError, ValueError, OverflowError):
+    raise InputError(
+      f"{name} is no array: its rows differ in length, or hold something else "
+      f"than numbers; expected {expected}"
+    ) from None
+
+
 def codes_grid(codes, codebook_size: int | None = None) -> np.ndarray:
   """i32[h, w] within the codebook (None: of unknown size).
 
   Raises:
     InputError: codes are no grid of integers, or outside the codebook.
   """
-  codes = np.asarray(codes)
+  codes = array("codes", codes, "i32[h, w]")
   if codes.ndim != 2 or not codes.size or codes.dtype.kind not in "iu":
     raise InputError(
       f"codes are {codes.dtype}{list(codes.shape)}, expected i32[h, w]"

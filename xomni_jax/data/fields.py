@@ -1,6 +1,7 @@
 """The fields of a record: what they may hold, and the picture among them."""
 
 import io
+import math
 import os
 import pathlib
 import warnings
@@ -51,7 +52,7 @@ def as_record(raw: Mapping[str, Any], key: str) -> Record:
     if raw.get(name) is not None:
       try:
         out[name] = _CHECKS[name](raw[name])
-      except (TypeError, ValueError, KeyError) as e:
+      except (TypeError, ValueError, KeyError, OverflowError) as e:
         what = str(e) if isinstance(e, InputError) else _short(raw[name])
         problems.append(f"{name} is no good: {what}")
   if problems:
@@ -96,6 +97,8 @@ def _boxes(value):
   out = []
   for text, *corners in value:
     x0, y0, x1, y1 = map(float, corners)
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+      raise ValueError
     out.append([_string(text), x0, y0, x1, y1])
   return out
 

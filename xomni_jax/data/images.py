@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from xomni_jax.config import TransformConfig
+from xomni_jax.data import boundary
 from xomni_jax.data.boundary import codes_grid, unreadable
 from xomni_jax.errors import InputError
 
@@ -41,7 +42,7 @@ def open_image(
     return _rgb_file(io.BytesIO(source), "image")
   if isinstance(source, (str, os.PathLike)):
     return _rgb_file(source, f"image {os.fspath(source)}")
-  array = np.asarray(source)
+  array = boundary.array("image", source, "uint8[H, W, 3]")
   if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
     raise InputError(
       f"image is {array.dtype}{list(array.shape)}, expected a path, a PIL "

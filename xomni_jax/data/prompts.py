@@ -53,7 +53,7 @@ def open_prompts(path: str) -> Sequence[Prompt]:
     )
   found, problems = [], []
   try:
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
   except (OSError, UnicodeDecodeError) as e:
     raise InputError(
       f"prompts {path}: can't be read ({e}), expected lines of JSON in UTF-8"

@@ -18,6 +18,7 @@ and a record is a dict of
 of which any may be missing but `key`; `need` asks for one.
 """
 
+import collections
 import pathlib
 import re
 
@@ -51,6 +52,9 @@ _EXPECTED = (
 )
 
 
+_PART = re.compile("-([0-9]+)-of-([0-9]+)")
+
+
 def open_source(cfg: SourceConfig):
   """The source that a path names, all of it (`first`, `count` not applied).
 
@@ -75,6 +79,8 @@ def open_source(cfg: SourceConfig):
   for pattern, kind in kinds:
     chosen = [p for p in paths if re.fullmatch(pattern, p.name.lower())]
     if chosen:
+      if kind is shards.Shards and folder == _path(cfg.path):
+        _check_all_there(cfg.path, chosen)
       source = kind(chosen)
       if not len(source):
         raise InputError(f"{cfg.path} holds no record, expected some")
@@ -82,9 +88,43 @@ def open_source(cfg: SourceConfig):
   raise InputError(f"{cfg.path} holds nothing to read, expected {_EXPECTED}")
 
 
+def _check_all_there(name, paths):
+  """InputError where shards of a folder are missing, which a run would miss.
+
+  Records are counted as it starts: a resumed one would shuffle others.
+  """
+  sets = collections.defaultdict(set)
+  for path in paths:
+    if part := _PART.search(path.name):
+      stem = path.name[: part.start()]
+      sets[path.parent, stem, part[2], path.name[part.end() :]].add(part[1])
+  for (folder, stem, count, end), there in sets.items():
+    names = (f"{i:0{len(count)}}" for i in range(int(count)))
+    missing = [
+      shard
+      for shard in (
+        f"{stem}-{n}-of-{count}{end}" for n in names if n not in there
+      )
+      # A shard all of whose records were bad is not there.
+      if not (folder / f"{shard}{shards.BAD}").exists()
+    ]
+    if missing:
+      raise InputError(
+        f"{name} has {len(there)} of {count} shards, {missing[0]} is missing; "
+        "write or fetch the others, or name these by a glob"
+      )
+
+
+def _path(name):
+  try:
+    return pathlib.Path(name).expanduser()
+  except RuntimeError as e:  # no such user
+    raise InputError(f"{name}: {e}; expected {_EXPECTED}") from None
+
+
 def _files(name):
   """(folder, its files that a path, folder or glob names, sorted)."""
-  path = pathlib.Path(name).expanduser()
+  path = _path(name)
   if path.is_file():
     return path.parent, [path]
   if path.is_dir():
@@ -97,7 +137,12 @@ def _files(name):
       raise InputError(f"{name} does not exist, expected {_EXPECTED}")
     n = fixed.index(False)
     folder = pathlib.Path(*parts[:n])
-    found = folder.glob("/".join(parts[n:]))
+    try:
+      found = list(folder.glob("/".join(parts[n:])))
+    except ValueError as e:
+      raise InputError(
+        f"{name} is no glob ({e}), expected {_EXPECTED}"
+      ) from None
   hidden = lambda p: any(
     part.startswith(".") for part in p.relative_to(folder).parts
   )

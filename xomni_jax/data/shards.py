@@ -22,6 +22,7 @@ from xomni_jax.data.fields import Record
 from xomni_jax.data.recent import OPEN_FILES, Recent
 from xomni_jax.errors import InputError
 
+BAD = ".bad.txt"  # of a list of the records that a shard is without
 SUFFIX = ".array_record"
 # A record a chunk, or reading one would decompress its neighbours as well.
 _OPTIONS = "group_size:1,zstd:3"
@@ -196,7 +197,10 @@ def write_records(
     # The table first: a shard that is there is complete.
     table.replace(_table_path(path))
     temporary.replace(path)
-  except (OSError, RuntimeError) as e:  # RuntimeError: Riegeli's
+  except InputError:
+    raise
+  # RuntimeError is Riegeli's, and what msgpack can't pack the other two.
+  except (OSError, RuntimeError, TypeError, ValueError) as e:
     reason = " ".join(str(e).split())
     raise InputError(f"{path}: can't be written ({reason})") from None
   finally:

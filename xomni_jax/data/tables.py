@@ -124,14 +124,13 @@ class JsonLines:
     """The record of line i; raises InputError if it is none."""
     n = self._file(i)
     path = self._paths[n]
-    with path.open("rb") as file:
-      file.seek(self._starts[i])
-      line = file.readline()
     try:
-      raw = json.loads(line)
+      with path.open("rb") as file:
+        file.seek(self._starts[i])
+        raw = json.loads(file.readline())
       if not isinstance(raw, dict):
         raise ValueError(f"a {type(raw).__name__}")
-    except ValueError as e:  # JSON and UTF-8 errors are some
+    except (OSError, ValueError) as e:  # JSON and UTF-8 errors are ValueErrors
       raise unreadable("the line", e, "a JSON object") from None
     record = fields.as_record(raw, f"{path.stem}/{i - self._ends[n]}")
     if isinstance(record.get("image"), str):
@@ -185,7 +184,7 @@ class ImageFolder:
     caption = path.with_suffix(".txt")
     if caption.exists():
       try:
-        record["text"] = caption.read_text("utf-8").strip()
+        record["text"] = caption.read_text("utf-8-sig").strip()
       except (OSError, UnicodeDecodeError) as e:
         raise unreadable(str(caption), e, "UTF-8 text") from None
     return record

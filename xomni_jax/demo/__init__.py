@@ -20,14 +20,14 @@ from PIL import Image
 
 import xomni_jax
 from xomni_jax.checkpoints import run_config
-from xomni_jax.checks import make_folder
+from xomni_jax.checks import make_folder, replacing
 from xomni_jax.data import prompts as prompts_lib
 from xomni_jax.data import world
 from xomni_jax.data.images import codes_picture
 from xomni_jax.demo import page
 from xomni_jax.errors import ArgumentParser, InputError, RunError
 from xomni_jax.evals.answers import QUESTIONS
-from xomni_jax.inference import sheets
+from xomni_jax.inference import arguments, sheets
 from xomni_jax.rewards import ocr, wire
 
 _CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "grpo.py"
@@ -127,7 +127,9 @@ def main(argv: list[str]) -> int:
     ),
   )
   sheets.save(out / "drawings.png", _sheet(asked, shipped))
-  where.write_text(page.page("X-Omni in JAX", parts), encoding="utf-8")
+  with replacing(where) as temporary:
+    text = page.page("X-Omni in JAX", parts)
+    temporary.write_text(text, encoding="utf-8")
   print(
     f"{where}: reward of signs {rewards[0]:.3f} before, {rewards[1]:.3f} after "
     f"{args.steps} steps, {rewards[2]:.3f} of the shipped model"
@@ -155,6 +157,8 @@ def _parse(argv):
     )
   if args.steps < 1:
     raise InputError(f"--steps is {args.steps}, expected 1 or more")
+  if args.prompt:
+    arguments.prompts_list(args.prompt)
   return args
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from xomni_jax.config import ARConfig
+from xomni_jax.data import boundary
 from xomni_jax.errors import InputError
 
 
@@ -28,6 +29,8 @@ def grid_of(size: Sequence[int], px: int) -> tuple[int, int]:
 
 def prompts_list(prompts: str | Sequence[str]) -> list[str]:
   """One or more texts, none of them blank."""
+  if not isinstance(prompts, Sequence):
+    raise InputError(f"prompts is {prompts!r}, expected a text or several")
   prompts = [prompts] if isinstance(prompts, str) else list(prompts)
   for prompt in prompts:
     text(prompt=prompt)
@@ -59,7 +62,7 @@ def at_least_one(**values: int | None) -> None:
   bad = [
     f"{name} is {value!r}"
     for name, value in values.items()
-    if value is not None and (type(value) is not int or value < 1)
+    if value is not None and (not _is_whole(value) or value < 1)
   ]
   if bad:
     raise InputError(f"{', '.join(bad)}; expected a whole number from 1")
@@ -67,8 +70,12 @@ def at_least_one(**values: int | None) -> None:
 
 def seed_number(seed: int) -> None:
   """A seed of the random streams."""
-  if type(seed) is not int or not 0 <= seed < 2**32:
+  if not _is_whole(seed) or not 0 <= seed < 2**32:
     raise InputError(f"seed is {seed!r}, expected a whole number in 0..2^32-1")
+
+
+def _is_whole(value):
+  return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def fits_positions(tokens: int, cfg: ARConfig) -> None:
@@ -85,7 +92,8 @@ def tokens_and_mask(
   tokens, mask, cfg: ARConfig
 ) -> tuple[np.ndarray, np.ndarray]:
   """i32[B, T] joint ids, and bool[B, T] (None: all True)."""
-  tokens = np.asarray(tokens)
+  expected = "i32[B, T], shorter rows padded on the left and a mask"
+  tokens = boundary.array("tokens", tokens, expected)
   total = cfg.vocab_size + cfg.mm_vocab_size
   if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
     raise InputError(
@@ -95,7 +103,9 @@ def tokens_and_mask(
     raise InputError(
       f"tokens lie in {tokens.min()}..{tokens.max()}, expected 0..{total - 1}"
     )
-  mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
+  if mask is None:
+    mask = np.ones(tokens.shape, bool)
+  mask = boundary.array("mask", mask, "bool[B, T]", bool)
   if mask.shape != tokens.shape:
     raise InputError(
       f"mask is {list(mask.shape)}, expected {list(tokens.shape)} as tokens"

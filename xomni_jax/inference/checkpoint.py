@@ -229,7 +229,7 @@ def write_weights(
   vit_format: str,
 ) -> None:
   """Writes the weight files of a model into its folder, which has configs."""
-  released.write_safetensors(folder, STEM, tensors["ar"])
+  # The largest last: what the others lack is known before.
   for name, path in (("siglip", cfg.siglip_path), ("vq", cfg.projector_path)):
     target = (folder / path).with_suffix(f".{vit_format}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -237,6 +237,7 @@ def write_weights(
   released.write_safetensors(
     folder / cfg.flux_path, DIFFUSERS_STEM, tensors["flux"]
   )
+  released.write_safetensors(folder, STEM, tensors["ar"])
 
 
 # Tokenizer, generation settings, the reference's own code and its texts.

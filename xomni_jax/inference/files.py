@@ -32,7 +32,7 @@ def read_prompts(path: str | os.PathLike) -> list[Prompt]:
   path = pathlib.Path(path)
   try:
     # `splitlines` also splits at characters that JSON has in its texts.
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
   except (OSError, UnicodeDecodeError) as e:
     raise InputError(f"{path}: not readable as UTF-8 text ({e})") from None
   if path.suffix != ".jsonl":
@@ -75,9 +75,15 @@ def _json_prompt(line):
   if not isinstance(text, str) or not text.strip():
     return f"has prompt {text!r}"
   name = record.get("id", record.get("prompt_id"))
-  if name is not None and pathlib.PurePath(str(name)).name != str(name):
-    return f"has id {name!r}, which is no file name"
+  if name is not None and not _is_file_name(str(name)):
+    return f"has id {str(name)[:60]!r}, which is no file name"
   return Prompt(text, None if name is None else str(name))
+
+
+def _is_file_name(name):
+  # With what is added to it: file systems take 255 bytes.
+  short = len(name.encode(errors="replace")) <= 200
+  return short and "\0" not in name and pathlib.PurePath(name).name == name
 
 
 def output_paths(
@@ -128,6 +134,10 @@ def checked_path(path: str | os.PathLike, kind: str) -> pathlib.Path:
       folder can't be made or written.
   """
   path = pathlib.Path(path)
+  if not _is_file_name(path.name):
+    raise InputError(
+      f"{str(path)[:60]!r}... is no file name, expected at most 200 bytes"
+    )
   known = {".json"} if kind == "json" else _WRITABLE
   if path.suffix.lower() not in known:
     raise InputError(

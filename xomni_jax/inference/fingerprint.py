@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from xomni_jax.inference import checkpoint, flux1
 
-_SETTINGS = {".json", ".txt", ".model"}  # configs and tokenizers
+_SETTINGS = {".json", ".txt", ".model", ".jinja"}  # configs and tokenizers
 
 
 def fingerprint(

@@ -26,18 +26,12 @@ def resolve(
       "Hugging Face hub id 'owner/name'"
     )
   import huggingface_hub
-  from huggingface_hub import errors
 
   try:
     return pathlib.Path(
       huggingface_hub.snapshot_download(text, allow_patterns=patterns)
     )
-  except (
-    errors.HfHubHTTPError,
-    errors.HFValidationError,
-    OSError,
-    ValueError,
-  ) as e:
+  except Exception as e:  # proxies and broken connections have their own
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     raise InputError(
       f"{text}: no such folder, and the hub can't give it ({reason})"

@@ -71,7 +71,14 @@ def load(
     decoder = checkpoint.open_decoder(opened, flux)
     parts |= decoder.parts
   if only is not None:
+    if isinstance(only, str) or not parts.keys() >= set(only):
+      raise InputError(
+        f"only is {only!r}, expected a list of {', '.join(parts)} (those of "
+        "the diffusion decoder with `flux`)"
+      )
     parts = {name: parts[name] for name in only}
+  if decoder and not parts.keys() >= {"vq", *decoder.parts}:
+    decoder = None  # not all of it is wanted
   params = {}
   total = sum(part.tensors for part in parts.values())
   with tqdm(total=total, unit="tensor", disable=not progress) as bar:

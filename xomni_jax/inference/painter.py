@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from xomni_jax.config import Architecture, Compute
 from xomni_jax.data import encoder_ids
+from xomni_jax.data.boundary import array
 from xomni_jax.errors import InputError
 from xomni_jax.inference import checkpoint, flow
 from xomni_jax.mesh import constrain, to_host
@@ -127,7 +128,7 @@ class Painter:
     if noise is None:
       # On the host: the same noise on every kind of device.
       return np.random.default_rng(seed).standard_normal(shape, np.float32)
-    noise = np.asarray(noise, np.float32)
+    noise = array("noise", noise, f"finite f32{list(shape)}", np.float32)
     if noise.shape != shape or not np.isfinite(noise).all():
       raise InputError(
         f"noise is {list(noise.shape)}, expected finite {list(shape)} for "

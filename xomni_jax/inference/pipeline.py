@@ -42,6 +42,16 @@ class Generated:
   seconds: dict[str, float]
 
 
+class _Loaded(dict):
+  """Parameters by part; one that was not loaded is said to be missing."""
+
+  def __missing__(self, name):
+    raise InputError(
+      f"this needs the part {name!r}, loaded were {', '.join(self) or 'none'}; "
+      "name it in `only` of xomni_jax.load too"
+    )
+
+
 class Model:
   """A loaded X-Omni; `xomni_jax.load` makes one."""
 
@@ -57,7 +67,7 @@ class Model:
   ):
     self.config = opened.config
     self.tokenizer = tokenizer
-    self.params = params
+    self.params = _Loaded(params)
     self.mesh = mesh
     self.compute = compute
     self._vit = opened.siglip

@@ -10,6 +10,7 @@ unconditional), N sequences, T prompt length, S cache length, V vocabulary.
 """
 
 import dataclasses
+import numbers
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,6 +45,10 @@ class Sampling:
   cfg_scale: float = 1.0
 
   def __post_init__(self):
+    for name in ("temperature", "top_p", "min_p", "cfg_scale"):
+      value = getattr(self, name)
+      if not isinstance(value, numbers.Real):
+        raise InputError(f"sampling: {name} is {value!r}, expected a number")
     checks = (
       ("temperature", 1e-6 <= self.temperature < float("inf"), "above 0"),
       (

@@ -20,7 +20,14 @@ from tqdm import tqdm
 
 from xomni_jax.checks import make_folder, replacing
 from xomni_jax.config import TransformConfig
-from xomni_jax.data import fields, images, records, sequences, text_ops
+from xomni_jax.data import (
+  fields,
+  images,
+  records,
+  sequences,
+  shards,
+  text_ops,
+)
 from xomni_jax.data.pipeline import BadRecords
 from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.inference.fingerprint import fingerprint
@@ -76,7 +83,7 @@ def main(argv: list[str]) -> int:
     only=() if job.documents else ("siglip", "vq"),
     progress=True,
   )
-  shards = run(
+  written = run(
     job,
     model,
     pathlib.Path(args.out),
@@ -86,7 +93,7 @@ def main(argv: list[str]) -> int:
   )
   bad = sorted(p for p in pathlib.Path(args.out).glob("*.bad.txt"))
   tail = f"; bad records are listed in {args.out}/*.bad.txt" if bad else ""
-  print(f"{len(shards)} shards complete in {args.out}{tail}")
+  print(f"{len(written)} shards complete in {args.out}{tail}")
   return 0
 
 
@@ -228,7 +235,7 @@ def _bad(shard):
 
 
 def _bad_path(shard):
-  return shard.with_name(f"{shard.name}.bad.txt")
+  return shard.with_name(f"{shard.name}{shards.BAD}")
 
 
 def _write(path, model, made, bad):
