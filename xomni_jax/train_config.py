@@ -279,7 +279,8 @@ class InitConfig:
     flux: FLUX.1-dev folder or hub id: autoencoder, text encoders, tokenizers.
     qwen: Qwen2.5 folder or hub id, in Hugging Face layout: the AR model's
       `lm` stack, text embedding, norm and head; the tokenizer's LM. Needs a
-      `model` with a tokenizer of Qwen's vocabulary.
+      `model` with a tokenizer of Qwen's vocabulary, such as X-Omni's or what
+      `data.build_tokenizers.extend_qwen` makes of Qwen's.
   """
 
   model: str = ""

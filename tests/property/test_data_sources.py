@@ -289,6 +289,18 @@ def test_folder_gives_images_with_captions_beside_them(tmp_path):
   (tmp_path / "b.txt").write_text("\ufeffa caption\n")  # as Windows marks it
   (tmp_path / "deep" / "a.JPG").write_bytes(png(2, 3, 4))
   (tmp_path / ".hidden.png").write_bytes(b"")
+  elsewhere = tmp_path / ".elsewhere"
+  elsewhere.mkdir()
+  (elsewhere / "c.png").write_bytes(png(3))
+  link = tmp_path / "deep" / "link"
+  link.symlink_to(elsewhere)
+  assert [p.name for p in source(tmp_path)._paths] == [
+    "b.png",
+    "a.JPG",
+    "c.png",
+  ]
+  link.unlink()
+  link.symlink_to(tmp_path)  # round and round
   got = source(tmp_path)
   assert len(got) == 2
   assert got[0]["text"] == "a caption" and got[0]["key"] == "b.png"

@@ -19,6 +19,7 @@ of which any may be missing but `key`; `need` asks for one.
 """
 
 import collections
+import os
 import pathlib
 import re
 
@@ -128,7 +129,7 @@ def _files(name):
   if path.is_file():
     return path.parent, [path]
   if path.is_dir():
-    folder, found = path, path.rglob("*")
+    folder, found = path, _walk(path)
   else:
     # The glob begins with the first part that has one of its characters.
     parts = path.parts
@@ -147,6 +148,20 @@ def _files(name):
     part.startswith(".") for part in p.relative_to(folder).parts
   )
   return folder, sorted(p for p in found if p.is_file() and not hidden(p))
+
+
+def _walk(folder):
+  """All files in a folder and in those that it links to, each folder once."""
+  seen = set()
+  for where, folders, names in os.walk(folder, followlinks=True):
+    real = os.path.realpath(where)
+    if real in seen:
+      folders.clear()
+      continue
+    seen.add(real)
+    # In order, so that a folder of two links has one name on every host.
+    folders[:] = sorted(f for f in folders if not f.startswith("."))
+    yield from (pathlib.Path(where, name) for name in names)
 
 
 def known_lengths(source, task: str) -> np.ndarray | None:
