@@ -42,16 +42,6 @@ class Generated:
   seconds: dict[str, float]
 
 
-class _Loaded(dict):
-  """Parameters by part; one that was not loaded is said to be missing."""
-
-  def __missing__(self, name):
-    raise InputError(
-      f"this needs the part {name!r}, loaded were {', '.join(self) or 'none'}; "
-      "name it in `only` of xomni_jax.load too"
-    )
-
-
 class Model:
   """A loaded X-Omni; `xomni_jax.load` makes one."""
 
@@ -67,7 +57,7 @@ class Model:
   ):
     self.config = opened.config
     self.tokenizer = tokenizer
-    self.params = _Loaded(params)
+    self.params = params
     self.mesh = mesh
     self.compute = compute
     self._vit = opened.siglip
@@ -77,6 +67,16 @@ class Model:
   def __repr__(self) -> str:
     parts = ", ".join(self.params)
     return f"Model({parts}; {self.compute.dtype} on {describe(self.mesh)})"
+
+  def _part(self, name):
+    """Parameters of a part; InputError if it was not loaded."""
+    if name not in self.params:
+      raise InputError(
+        f"this needs the part {name!r}, loaded were "
+        f"{', '.join(self.params) or 'none'}; name it in `only` of "
+        "xomni_jax.load too"
+      )
+    return self.params[name]
 
   @property
   def pixels_per_token(self) -> int:
@@ -124,8 +124,8 @@ class Model:
     """Codes i32[B, h, w] of preprocessed images, f32[B, H, W, 3] in [-1, 1]."""
     with jax.set_mesh(self.mesh):
       codes = programs.encode(
-        self.params["siglip"],
-        self.params["vq"],
+        self._part("siglip"),
+        self._part("vq"),
         pixels,
         vit=self._vit,
         quantiser=self.config.vq,
@@ -165,7 +165,7 @@ class Model:
     default = self.config.decoder
     with jax.set_mesh(self.mesh):
       features = programs.features(
-        self.params["vq"],
+        self._part("vq"),
         codes[None],
         quantiser=self.config.vq,
         compute=self.compute,
@@ -341,7 +341,7 @@ class Model:
       self._bar(None, "answering", "token", max_new_tokens) as bar,
     ):
       return programs.continue_text(
-        self.params["ar"],
+        self._part("ar"),
         list(ids),
         sampling.sequence_keys(seed, 1),
         cfg=self.config.ar,
@@ -373,7 +373,7 @@ class Model:
     with jax.set_mesh(self.mesh):
       return to_host(
         programs.logits(
-          self.params["ar"],
+          self._part("ar"),
           tokens,
           mask,
           cfg=cfg,
@@ -409,7 +409,7 @@ class Model:
       rows, copies = [*rows, prefix], (*copies, len(keys))
     with jax.set_mesh(self.mesh):
       return programs.draw_codes(
-        self.params["ar"],
+        self._part("ar"),
         rows,
         copies,
         keys,
