@@ -116,11 +116,12 @@ def test_guidance_and_filters_are_those_of_the_measurement():
     assert cells == wanted, scale
 
 
-def test_gain_of_the_best_setting_is_that_of_the_measurement():
-  shown = table(README, "signs | setting chosen")
+@pytest.mark.parametrize("level", LEVELS)
+def test_gain_of_the_best_setting_is_that_of_the_measurement(level):
+  shown = table(README, f"{level} | setting chosen")
   where = {"`tiny-sft`": "tiny", "`tiny`": "tiny"}
   for name, cells in shown.items():
-    of = figures(f"signs/{where.get(name, name.replace(' ', '-'))}", "cfg")
+    of = figures(f"{level}/{where.get(name, name.replace(' ', '-'))}", "cfg")
     model = "sft" if "sft" in name else "rl"
     wanted = []
     for engine in ENGINES:
