@@ -1,5 +1,6 @@
 """Two processes train as one does, and either goes on where the other left."""
 
+import socket
 from types import SimpleNamespace
 
 import jax
@@ -75,6 +76,23 @@ def test_process_that_comes_late_takes_part_in_the_export(
   run.log = SimpleNamespace(line=lambda text: None)
   run._export()
   assert met == ["export"]
+
+
+def test_processes_with_folders_of_their_own_are_told_at_once(folder, tmp_path):
+  config = folder / "run.py"
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    address = f"localhost:{s.getsockname()[1]}"
+  ended = runs.finish_together(
+    [
+      runs.start(config, tmp_path / str(i), f"--distributed={address},2,{i}")
+      for i in range(2)
+    ]
+  )
+  for status, _, err in ended:
+    assert status == 2, err[-3000:]
+    assert "put --workdir on a file system that all processes share" in err
+  assert not list(tmp_path.glob("*/checkpoints"))
 
 
 @pytest.mark.slow  # connected processes wait for one another: minutes

@@ -121,6 +121,7 @@ def test_overrides_reach_a_section_that_is_left_out_as_a_whole():
     ("optim=1", "is a section, change one of"),
     ("global_batch=many", "expected a int such as 8"),
     ("global_batch=1.5", "expected a int"),
+    ("phases.decay=linear", "names no setting"),
   ],
 )
 def test_bad_overrides_are_refused_on_one_line(setting, says):
@@ -158,6 +159,12 @@ def change(path, value):
     ("global_batch", 0, "global_batch is 0"),
     ("compute.remat", "some", "expected 'none', 'full' or 'dots'"),
     ("architecture", None, "no section 'architecture'"),
+    ("architecture", 3, "architecture is 3; expected settings by name"),
+    ("architecture.ar", 3, "architecture.ar is 3; expected settings by name"),
+    ("stage", ("sft",), "stage is .'sft',., expected one of vae"),
+    ("phases", ({"steps": 1},), "phases is .*; expected settings by name"),
+    ("phases.5_all", 3, "phases.5_all is 3; expected settings by name"),
+    ("mesh", "data=2", "mesh is 'data=2'; expected settings by name"),
   ],
 )
 def test_bad_settings_are_refused_on_one_line(path, value, says):
@@ -297,6 +304,26 @@ def test_start_that_a_kill_left_half_made_is_made_again(tmp_path, start):
   assert start() == 1
   assert (tmp_path / "start" / "flux1").is_dir()
   assert start() == 1
+
+
+def test_folder_of_that_name_which_no_run_made_is_kept(tmp_path, start):
+  (tmp_path / "start").mkdir()
+  mine = tmp_path / "start" / "mine.txt"
+  mine.touch()
+  with pytest.raises(InputError, match="holds mine.txt, which no run made"):
+    start()
+  assert mine.exists()
+
+
+@pytest.mark.parametrize("stage", ["grpo", "decoder"])
+def test_one_of_two_models_is_not_joined_to_a_made_one(tmp_path, stage):
+  for given, other in (("model", "flux"), ("flux", "model")):
+    config = read(stage)
+    configure.override(config, [f"init.{given}=somewhere"])
+    cfg, arch = configure.parse(config, stage)
+    with pytest.raises(InputError, match=f"give --config.init.{other}=FOLDER"):
+      build.stage(cfg, arch, config, tmp_path)
+  assert not any(tmp_path.iterdir())
 
 
 def test_start_of_another_seed_or_size_is_made_anew(start):

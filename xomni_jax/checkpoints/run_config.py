@@ -21,9 +21,13 @@ def has_made(workdir) -> bool:
   Args:
     workdir: of the run, with a checkpoint or the model in it, or without.
   """
-  workdir = pathlib.Path(workdir)
-  saved = (p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
-  return any(saved) or (workdir / "model").exists()
+  return has_saved(workdir) or (pathlib.Path(workdir) / "model").exists()
+
+
+def has_saved(workdir) -> bool:
+  """Whether there is a checkpoint of a run, good or not."""
+  folder = pathlib.Path(workdir) / "checkpoints"
+  return any(p.name.isdigit() for p in folder.glob("*"))
 
 
 def save_config(folder, mapping: Mapping[str, Any]) -> None:

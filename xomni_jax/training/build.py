@@ -19,7 +19,9 @@ from xomni_jax.training import configure
 from xomni_jax.training.stage import Program, Stage
 from xomni_jax.training.stages import ar, decoder, grpo, tokenizer, vae
 
-_MADE_OF = "made_of.json"  # in a start, beside its two folders
+# In a start: two folders, and what they were made of.
+_HALVES = ("xomni", "flux1")
+_MADE_OF = "made_of.json"
 
 
 def program(
@@ -87,6 +89,13 @@ def _with_start(cfg, arch, config, workdir):
       "--config.init.model=FOLDER, of a model with Qwen's vocabulary, such as "
       "X-Omni"
     )
+  if needs_model and needs_flux and (init.model or init.flux):
+    given, other = ("model", "flux") if init.model else ("flux", "model")
+    raise InputError(
+      f"config: init.{given} is {getattr(init, given)}, but init.{other} is "
+      f"not named, and one made from nothing knows nothing of it; give "
+      f"--config.init.{other}=FOLDER"
+    )
   folder, several = workdir / "start", jax.process_count() > 1
   if several:
     # Connected processes wait for long, but on CPUs the first time they meet
@@ -96,11 +105,6 @@ def _with_start(cfg, arch, config, workdir):
     _make_start(cfg, arch, config, folder, run_config.has_made(workdir))
   if several:
     multihost_utils.sync_global_devices("start")
-  if not _is_whole(folder):
-    raise InputError(
-      f"{folder}: made by process 0, but not to be seen here; put --workdir on "
-      "a file system that all processes share"
-    )
   init = dataclasses.replace(
     init,
     model=init.model or str(folder / "xomni"),
@@ -135,6 +139,12 @@ def _make_start(cfg, arch, config, folder, has_begun):
         flush=True,
       )
     return
+  foreign = _not_of_a_start(folder)
+  if foreign:
+    raise InputError(
+      f"{folder}: holds {foreign[0]}, which no run made, and what this one "
+      "starts from goes there; move it, or give another --workdir"
+    )
   # What a kill left, or a try with another config.
   shutil.rmtree(folder, ignore_errors=True)
   fresh.write_fresh(
@@ -149,4 +159,11 @@ def _make_start(cfg, arch, config, folder, has_begun):
 
 
 def _is_whole(folder):
-  return all((folder / half).exists() for half in ("xomni", "flux1"))
+  return all((folder / half).exists() for half in _HALVES)
+
+
+def _not_of_a_start(folder):
+  """Names of what neither a start has nor a kill leaves of one."""
+  known = (*_HALVES, _MADE_OF, *(f"{half}.partial-*" for half in _HALVES))
+  there = sorted(folder.iterdir()) if folder.is_dir() else []
+  return [p.name for p in there if not any(p.match(name) for name in known)]

@@ -4,12 +4,16 @@ import argparse
 import contextlib
 import pathlib
 import re
+import socket
+import time
 
 import jax
 
 from xomni_jax import checks, cpu
 from xomni_jax.errors import ArgumentParser, InputError
-from xomni_jax.training import build, configure, loop
+from xomni_jax.training import build, configure, loop, workdir
+
+_PATIENCE = 300.0  # seconds in which process 0 has to start, as JAX has it
 
 
 def main(argv: list[str]) -> int:
@@ -32,6 +36,7 @@ def main(argv: list[str]) -> int:
   cfg, arch = configure.parse(config, f"config {args.config}")
   is_main = jax.process_index() == 0
   with checks.alone(args.workdir) if is_main else contextlib.nullcontext():
+    workdir.check(args.workdir, cfg)
     return loop.train(
       cfg,
       build.stage(cfg, arch, config, args.workdir),
@@ -95,7 +100,8 @@ def connect(how: str | None) -> None:
   """Joins the processes of a run; None: there is one alone.
 
   Raises:
-    InputError: `how` is neither "auto" nor "HOST:PORT,COUNT,INDEX".
+    InputError: `how` is neither "auto" nor "HOST:PORT,COUNT,INDEX", or there
+      is no process 0 at that address.
   """
   if how is None:
     return
@@ -107,6 +113,8 @@ def connect(how: str | None) -> None:
       f"--distributed {how!r}: expected auto or HOST:PORT,COUNT,INDEX, such as "
       "10.0.0.2:1234,4,0, with an index from 0 to count - 1"
     )
+  if found:
+    _check_address(found[1], int(found[3]))
   try:
     if found:
       jax.distributed.initialize(found[1], int(found[2]), int(found[3]))
@@ -117,3 +125,34 @@ def connect(how: str | None) -> None:
       f"--distributed {how!r}: {' '.join(str(e).split())[:200]}; name "
       "HOST:PORT,COUNT,INDEX where nothing else tells of the processes"
     ) from None
+
+
+def _check_address(address, index):
+  """InputError where JAX would end the process, at best with a stack trace."""
+  host, _, port = address.rpartition(":")
+  if int(port) > 65535:
+    raise InputError(f"--distributed: port is {port}, expected at most 65535")
+  if index == 0:
+    with socket.socket() as s:
+      # What an earlier run's connections hold for a while is free to JAX.
+      s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      try:
+        s.bind(("", int(port)))
+      except OSError as e:
+        raise InputError(
+          f"--distributed: port {port} can't be used ({e.strerror}); stop what "
+          "uses it, or name another in all processes"
+        ) from None
+    return
+  end = time.monotonic() + _PATIENCE
+  while True:
+    try:
+      socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+      return
+    except OSError as e:
+      if time.monotonic() >= end:
+        raise InputError(
+          f"--distributed: no process 0 at {address} in {_PATIENCE:.0f} s "
+          f"({e.strerror or e}); start it there, or name where it is"
+        ) from None
+    time.sleep(0.2)

@@ -103,6 +103,8 @@ def _defaults(config: ConfigDict, path: Sequence[str]) -> dict[str, Any]:
 def _fields(config: ConfigDict, path: Sequence[str]) -> list[dataclasses.Field]:
   """Of the dataclass that a section becomes; none where it becomes another."""
   match path:
+    case ["phases"]:
+      return []  # its phases have names of their own
     case ["options", *rest]:
       cls = OPTIONS.get(config.get("stage"))
     case ["phases", _, *rest]:
@@ -135,10 +137,11 @@ def parse(config: ConfigDict, where: str) -> tuple[TrainConfig, Architecture]:
   if unknown:
     raise InputError(f"{where}: unknown sections {', '.join(unknown)}")
   stage = values.get("stage")
-  if stage not in OPTIONS:
+  if not isinstance(stage, str) or stage not in OPTIONS:
     raise InputError(
       f"{where}: stage is {stage!r}, expected one of {', '.join(OPTIONS)}"
     )
+  _check_sections(values, where)
   own = {k: v for k, v in values.items() if k not in _BESIDES}
   # By name, since a ConfigDict is sorted: "1_vision", "2_all", ...
   own["phases"] = [
@@ -149,6 +152,24 @@ def parse(config: ConfigDict, where: str) -> tuple[TrainConfig, Architecture]:
   options = build(OPTIONS[stage], own.pop("options", None), f"{where}: options")
   parsed = build(TrainConfig, {**own, "options": options}, where)
   return parsed, architecture(config.architecture, f"{where}: architecture")
+
+
+def _check_sections(values, where):
+  """InputError for what is no settings by name where only these can be."""
+  sections = {name: values.get(name) or {} for name in ("phases", "mesh")}
+  sections["architecture"] = values["architecture"]
+  for name in ("phases", "architecture"):
+    if isinstance(sections[name], Mapping):
+      sections |= {f"{name}.{k}": v for k, v in sections[name].items()}
+  problems = [
+    f"{name} is {value!r}"
+    for name, value in sections.items()
+    if not isinstance(value, Mapping)
+  ]
+  if problems:
+    raise InputError(
+      f"{where}: {'; '.join(problems)}; expected settings by name"
+    )
 
 
 def section(config: ConfigDict, name: str, cls: str, where: str):

@@ -30,12 +30,11 @@ from xomni_jax.training.layout import flatten, make_layout, nest
 from xomni_jax.training.meter import Meter, start_profile
 from xomni_jax.training.preemption import EXIT_PREEMPTED, Preemption
 from xomni_jax.training.stage import Stage
+from xomni_jax.training.workdir import EXPORTED, MODEL
 
 # Keys of a run: parameters, steps, held-out batches. A step's key is folded
 # from the second with its number.
 _INIT, _STEPS, _HELD_OUT = range(3)
-# In a run's folder: the exported model, and the step that it is of.
-_MODEL, _EXPORTED = "model", "exported"
 
 
 def train(
@@ -77,7 +76,7 @@ def train(
   # A config that failed at once may be mended.
   may_change = allow_config_change or not run_config.has_made(workdir)
   if run_config.check_config(folder, settings, may_change):
-    (workdir / _EXPORTED).unlink(missing_ok=True)  # it was of the old one
+    (workdir / EXPORTED).unlink(missing_ok=True)  # it was of the old one
   log = log_lib.Log(workdir, jax.process_index() == 0)
   try:
     with jax.set_mesh(mesh), Preemption() as preemption:
@@ -401,7 +400,7 @@ class _Run:
     """The model as files for people, from the average where there is one."""
     if self.stage.export is None or not self.cfg.checkpoint.export:
       return
-    where, mark = self.workdir / _MODEL, self.workdir / _EXPORTED
+    where, mark = self.workdir / MODEL, self.workdir / EXPORTED
     # A run that goes on beyond its first end has a model of that end; a slower
     # process sees the one that process 0 has just written.
     done = where.exists() and mark.exists() and mark.read_text()
@@ -421,14 +420,14 @@ class _Run:
 
   def _write_model(self, params) -> None:
     """The model and what lies beside it, each whole or not at all."""
-    part, mark = self.workdir / "export.part", self.workdir / _EXPORTED
+    part, mark = self.workdir / "export.part", self.workdir / EXPORTED
     try:
       shutil.rmtree(part, ignore_errors=True)
       part.mkdir()
-      self.stage.export(params, part / _MODEL)
+      self.stage.export(params, part / MODEL)
       mark.unlink(missing_ok=True)
       # The model last: where it is, all is.
-      for made in sorted(part.iterdir(), key=lambda path: path.name == _MODEL):
+      for made in sorted(part.iterdir(), key=lambda path: path.name == MODEL):
         shutil.rmtree(self.workdir / made.name, ignore_errors=True)
         made.rename(self.workdir / made.name)
       part.rmdir()
