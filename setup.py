@@ -60,7 +60,13 @@ setup(
     "train": TRAIN,
     "cpu": [*TORCH, *TRAIN],
     "tpu": ["jax[tpu]>=0.10.2", "diffusers>=0.42", *TRAIN, *TEXT],
-    "gpu": ["jax[cuda13]>=0.10.2", *TORCH, *TRAIN],
+    "gpu": [
+      "jax[cuda13]>=0.10.2",
+      "diffusers>=0.42",
+      *TORCH,
+      *TRAIN,
+      *TEXT,
+    ],
     # Of a reward server; what its model needs, launch/sidecar.sh adds.
     "sidecar": [
       "fastapi>=0.115",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up what is needed and runs one verb:
-#   ./launch/run.sh setup       make .venv with the CPU packages
+#   ./launch/run.sh setup       make .venv: packages of CPUs, or of a TPU VM
 #   ./launch/run.sh lint        setup, then ruff and the check of imports
 #   ./launch/run.sh test [...]  the same, and the tests (arguments: pytest's)
 #   ./launch/run.sh train [...] setup, then `xomni train ...`, again and again
@@ -111,6 +111,8 @@ case $verb in
     exit
     ;;
 esac
+# Tests, and the libtpu that plans want, are for CPUs.
+no_tpu || [[ $verb = lint || $verb = test ]] || pins=$here/requirements-tpu.txt
 set_up
 if no_tpu && [ -z "${JAX_PLATFORMS:-}" ] && ! command -v nvidia-smi >/dev/null; then
   export JAX_PLATFORMS=cpu

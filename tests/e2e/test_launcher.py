@@ -98,6 +98,48 @@ def test_launcher_told_twice_kills(launch):
   assert run.returncode == 137
 
 
+@pytest.mark.parametrize(
+  ("device", "verb", "pins"),
+  [
+    ("null", "setup", "launch/requirements-cpu.txt"),
+    ("accel0", "setup", "requirements-tpu.txt"),
+    ("vfio/0", "train", "requirements-tpu.txt"),
+    ("accel0", "lint", "launch/requirements-cpu.txt"),
+  ],
+)
+def test_tpu_machines_get_their_own_packages(tmp_path, device, verb, pins):
+  there = tmp_path / "dev" / device
+  there.parent.mkdir(parents=True)
+  there.touch()
+  (tmp_path / "launch").mkdir()
+  for name in (
+    "setup.py",
+    "requirements-tpu.txt",
+    "launch/requirements-cpu.txt",
+  ):
+    (tmp_path / name).write_text((ROOT / name).read_text())
+  script = SCRIPT.read_text().replace("'/dev/", f"'{tmp_path}/dev/")
+  (tmp_path / "launch" / "run.sh").write_text(script)
+  bin_ = tmp_path / ".venv" / "bin"
+  bin_.mkdir(parents=True)
+  for name in ("python", "ruff", "lint-imports"):
+    (bin_ / name).write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n')
+    (bin_ / name).chmod(0o755)
+  env = {k: v for k, v in os.environ.items() if k != "XOMNI_VENV"}
+  subprocess.run(
+    ["bash", tmp_path / "launch" / "run.sh", verb],
+    env={**env, "PYTHON": str(bin_ / "python")},
+    check=True,
+    capture_output=True,
+  )
+  files = [
+    line.partition(" -r ")[2]
+    for line in (tmp_path / "calls").read_text().splitlines()
+    if " -r " in line
+  ]
+  assert files == [str(tmp_path / pins)]
+
+
 def test_help_names_every_verb():
   run = subprocess.run(
     ["bash", SCRIPT], capture_output=True, text=True, check=True
