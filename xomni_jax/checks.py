@@ -29,6 +29,15 @@ def positive(config: Any, *names: str) -> list[tuple[bool, str]]:
   ]
 
 
+def file_to_write(name: str, path: str) -> None:
+  """InputError where no file can be at `path`; `name` is what is set so."""
+  path = pathlib.Path(path).absolute()
+  if not path.parent.is_dir():
+    raise InputError(f"{name} {path}: its folder does not exist")
+  if path.is_dir():
+    raise InputError(f"{name} {path}: is a folder, expected the name of a file")
+
+
 def make_folder(path: str | os.PathLike) -> pathlib.Path:
   """Makes a folder where there is none; InputError where it can't be."""
   path = pathlib.Path(path)

@@ -22,9 +22,9 @@ class Compute:
     query_chunk: longest query run whose attention scores exist at once.
     remat: what of a block is made again in the backward pass instead of kept:
       "none", "full" (all of it), "dots" (all but results of matmuls).
-    attention: of packed sequences and of FLUX in training: "chunked" runs
-      anywhere, "splash" is JAX's kernel for TPUs (here also with
-      "splash_interpret", which checks it on a CPU).
+    attention: of packed sequences: "chunked" runs anywhere, "splash" is JAX's
+      kernel for TPUs (here also with "splash_interpret", which checks it on a
+      CPU).
   """
 
   dtype: str = "float32"

@@ -152,7 +152,8 @@ def read_config(name: str, size: str = "") -> ConfigDict:
     found.loader.exec_module(module)
     config = module.get_config(*filter(None, [size]))
   except Exception as e:  # whatever a file of a user's may raise
-    raise InputError(f"config {name}: {type(e).__name__}: {e}") from e
+    reason = " ".join(str(e).split())  # ml_collections says it in two lines
+    raise InputError(f"config {name}: {type(e).__name__}: {reason}") from e
   if not isinstance(config, ConfigDict):
     raise InputError(
       f"config {name}: get_config gave a {type(config).__name__}, expected an "

@@ -134,7 +134,7 @@ class DecoderOptions:
     grids: (rows, columns) of image tokens of the aspect buckets.
     times: "logit_normal" or "uniform", before the shift by image size.
     token_dropout: share of image tokens whose features are zeroed.
-    text_len: T5 tokens of a prompt.
+    text_len: T5 tokens of a prompt, at most FLUX.1-dev's 512.
     preview_steps: of denoising, in previews.
   """
 
@@ -157,6 +157,7 @@ class DecoderOptions:
         f"token_dropout is {self.token_dropout}, expected 0 to below 1",
       ),
       *positive(self, "text_len", "preview_steps"),
+      (self.text_len <= 512, f"text_len is {self.text_len}, above 512"),
     )
 
 

@@ -108,11 +108,12 @@ def test_plan_for_fake_cpu_devices_needs_no_libtpu(tmp_path):
 
 
 @needs_libtpu
-def test_plan_refuses_a_slice_that_does_not_exist_on_one_line():
-  done = run("--target", "v5e:3x7")
+@pytest.mark.parametrize("name", ["v5e:3x7", "v5e:0x0"])
+def test_plan_refuses_a_slice_that_does_not_exist_on_one_line(name):
+  done = run("--target", name)
   assert done.returncode == 2 and done.stdout == ""
   assert done.stderr.count("\n") == 1
-  assert "v5e:3x7" in done.stderr and "expected" in done.stderr
+  assert name in done.stderr and "expected" in done.stderr
 
 
 def test_plan_without_libtpu_says_what_to_install(monkeypatch):
@@ -146,6 +147,8 @@ def test_mesh_that_does_not_fit_is_refused(sizes, says):
     (["--target", "cpu:0"], "expected cpu:COUNT"),
     (["--batch", "0"], "batch 0"),
     (["--size", "1150"], "a multiple of 16"),
+    (["--json", "/tmp"], "is a folder, expected the name of a file"),
+    (["--program", "train", "--config", f"{CONFIG}:tiny"], "no section"),
   ],
 )
 def test_bad_arguments_are_refused(flags, says):

@@ -111,7 +111,7 @@ def test_full_size_meshes_fit_every_slice():
       "made = mesh.make_mesh(tensor=16, devices=devices)\n"
       "cfg, _ = configure.parse(configure.read('configs/vae.py:7b'), 'x')\n"
       "try:\n"
-      "  step.check_batch(cfg, made)\n"
+      "  step.check_devices(cfg, made)\n"
       "except InputError as e:\n"
       "  print(e)\n",
     ],

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers import GOLDEN
 from xomni_jax import cli
+from xomni_jax.errors import InputError
 from xomni_jax.evals import (
   asked,
   command,
@@ -61,6 +63,29 @@ def measured(folders, tmp_path_factory):
   control = ["--control", folders["sft"], "--n", "1,2"]
   assert cli.main(_argv("best-of-n", folders, out, *control)) == 0
   return out
+
+
+def test_colours_hold_one_model_at_a_time(folders, tmp_path, monkeypatch):
+  alive = []
+
+  def load(name, flux):
+    assert not [x for x in alive if x() is not None]
+    model = type("Model", (), {})()
+    alive.append(weakref.ref(model))
+    return model
+
+  def look(wanted, some, drawer, batch, bar):
+    for name in ("sft", "sft", "rl"):
+      drawer(name)
+    raise InputError("seen")
+
+  monkeypatch.setattr(command.loading, "load", load)
+  monkeypatch.setattr(command.drawing, "Drawer", lambda model, *_: model)
+  monkeypatch.setattr(command.colours, "look", look)
+  models = ["--sft", folders["sft"], "--rl", folders["rl"], "--flux", FLUX]
+  argv = ["eval", "colours", *models, "--count", "2", "--out", str(tmp_path)]
+  assert cli.main(argv) == 2
+  assert len(alive) == 2
 
 
 def test_colours_from_models_to_figures(folders, tmp_path, capsys):
@@ -387,6 +412,21 @@ def test_bad_argument_is_one_line(folders, tmp_path, capsys, more, says):
   assert cli.main(_argv("best-of-n", folders, tmp_path / "out", *more)) == 2
   err = capsys.readouterr().err
   assert says in err and len(err.splitlines()) == 1
+  assert not (tmp_path / "out").exists()
+
+
+def test_size_that_a_model_can_not_draw_is_told_at_once(
+  folders, tmp_path, capsys
+):
+  prompts = tmp_path / "prompts.jsonl"
+  prompts.write_text(
+    '{"prompt": "A", "targets": ["A"], "size": [96, 96]}\n'
+    '{"prompt": "B", "targets": ["B"], "size": [96, 100]}\n'
+  )
+  more = ["--source", str(prompts), "--count", "2"]
+  assert cli.main(_argv("best-of-n", folders, tmp_path / "out", *more)) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "prompt 'B': size is 96 x 100 px, expected" in line
   assert not (tmp_path / "out").exists()
 
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import GOLDEN
+from xomni_jax import cli
 from xomni_jax.data import records, sequences
 from xomni_jax.errors import InputError
 from xomni_jax.inference import tokenize_dataset
@@ -124,6 +125,57 @@ def test_too_many_bad_records_are_an_error(folder, tmp_path, tiny):
   for _ in range(2):  # what is made already counts as well
     with pytest.raises(InputError, match="1 of 9 records are bad"):
       tokenize_dataset.run(job(folder), tiny, tmp_path / "out")
+
+
+def test_shard_that_a_kill_kept_away_is_missing(
+  folder, tmp_path, tiny, monkeypatch
+):
+  def killed(*args):
+    raise KeyboardInterrupt
+
+  out, settings = tmp_path / "out", {"batch": 2, "max_bad_rate": 0.2}
+  tokenize_dataset.run(job(folder), tiny, out, **settings)
+  (shard,) = out.glob("codes-00001-*.array_record")  # that of the bad one
+  shard.unlink()
+  with monkeypatch.context() as m:
+    m.setattr(tokenize_dataset.records, "write_records", killed)
+    with pytest.raises(KeyboardInterrupt):
+      tokenize_dataset.run(job(folder), tiny, out, **settings)
+  with pytest.raises(InputError, match=r"codes-00001.* is missing"):
+    opened(out)
+  tokenize_dataset.run(job(folder), tiny, out, **settings)
+  assert len(opened(out)) == 8
+  # Killed between a shard and its list's name.
+  (listed,) = out.glob("*.bad.txt")
+  listed.rename(tokenize_dataset._pending(shard))
+  tokenize_dataset.run(job(folder), tiny, out, **settings)
+  assert listed.exists()
+
+
+def test_records_that_are_mended_are_bad_no_more(tmp_path, tiny):
+  source, out = tmp_path / "source", tmp_path / "out"
+  source.mkdir()
+  for n in range(4):
+    Image.new("RGB", (64, 64)).save(source / f"{n}.png")
+  good = (source / "3.png").read_bytes()
+  for n in (2, 3):  # a shard
+    (source / f"{n}.png").write_bytes(b"")
+  wanted = job(source, shard_size=2)
+  with pytest.raises(InputError, match="2 of 4 records are bad"):
+    tokenize_dataset.run(wanted, tiny, out, batch=2)
+  for n in (2, 3):
+    (source / f"{n}.png").write_bytes(good)
+  tokenize_dataset.run(wanted, tiny, out, batch=2)
+  assert len(opened(out)) == 4 and not list(out.glob("*.bad.*"))
+
+
+@pytest.mark.parametrize("rate", ["5", "-1", "nan"])
+def test_rate_of_bad_records_is_a_share(tmp_path, capsys, rate):
+  flags = ["--model=none", "--source=world:signs", f"--out={tmp_path / 'out'}"]
+  argv = ["tokenize-dataset", *flags, f"--max-bad-rate={rate}"]
+  assert cli.main(argv) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "expected a share from 0 to 1, such as 0.05" in line
 
 
 def test_images_are_kept_and_documents_have_none(folder, tmp_path, tiny):

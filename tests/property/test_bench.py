@@ -121,6 +121,7 @@ def test_full_size_without_a_gpu_is_an_input_error(monkeypatch):
     (["--repeats", "0"], "repeats is 0, expected"),
     (["--bandwidth", "-1"], "bandwidth is -1"),
     (["--json", "/no/such/folder/x.json"], "folder does not exist"),
+    (["--json", "/tmp"], "is a folder, expected the name of a file"),
     (["--size", "7b", "--config", "no.py"], r"no\.py: no such Python file"),
   ],
 )

@@ -13,7 +13,7 @@ from xomni_jax.mesh import fill, make_mesh
 from xomni_jax.params import flatten
 from xomni_jax.reward_config import CombineConfig
 from xomni_jax.stage_options import OPTIONS
-from xomni_jax.training import build, configure
+from xomni_jax.training import build, configure, step
 from xomni_jax.training.command import connect
 from xomni_jax.training.layout import make_layout
 
@@ -46,6 +46,16 @@ def test_config_builds_its_program_from_shapes_alone(stage, size):
 @pytest.mark.parametrize("stage", STAGES)
 def test_batches_are_shared_out_over_all_devices_there_are(stage):
   assert read(stage).mesh.data == -1
+
+
+def test_kernel_of_tpus_is_refused_elsewhere():
+  config = read("pretrain")
+  configure.override(config, ["compute.attention=splash"])
+  cfg, _ = configure.parse(config, "config")
+  with pytest.raises(
+    InputError, match="a kernel for TPUs, and devices are cpu"
+  ):
+    step.check_devices(cfg, make_mesh())
 
 
 def test_phases_of_pretraining_train_what_the_paper_says():
@@ -185,6 +195,7 @@ def test_bad_settings_are_refused_on_one_line(path, value, says):
     ("decoder", "grids=()", r"grids is \(\), expected one or more \(rows"),
     ("grpo", "sizes=((96, 0),)", r"expected one or more \(height, width\)"),
     ("decoder", "preview_steps=0", "preview_steps is 0, expected above 0"),
+    ("decoder", "text_len=768", "text_len is 768, above 512"),
   ],
 )
 def test_bad_options_are_refused_on_one_line(stage, setting, says):
@@ -248,6 +259,9 @@ def test_missing_and_failing_config_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such Python file"):
       configure.read(name)
   bad = pathlib.Path(tmp_path, "bad.py")
+  bad.write_text("def get_config():\n  raise ValueError('one\\ntwo')\n")
+  with pytest.raises(InputError, match="ValueError: one two"):
+    configure.read(str(bad))
   bad.write_text("def get_config():\n  return 1\n")
   with pytest.raises(InputError, match="gave a int"):
     configure.read(str(bad))

@@ -217,6 +217,17 @@ def test_runs_that_do_not_compare_are_refused(tmp_path, figures):
       report.write(tmp_path, {best_of_n.NAME: {"a": one, "b": two}})
 
 
+def test_report_speaks_of_keys_only_where_all_runs_had_the_same(figures):
+  new, old = (json.loads(json.dumps(figures)) for _ in range(2))
+  new["identity"]["drawing"], old["identity"]["drawing"] = [1], [0]
+  says = lambda *runs: (
+    "the same random keys"
+    in report.best_of_n_text(dict(zip("ab", runs, strict=True)))
+  )
+  assert says(new, new)
+  assert not says(new, old) and not says(old, new)
+
+
 def test_report_leaves_no_seed_out(tmp_path, figures):
   for name in ("a/seed0", "b/seed0", "seed1"):
     (tmp_path / name).mkdir(parents=True)

@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 
+from xomni_jax import checks
 from xomni_jax.bench import (
   compare,
   grpo,
@@ -128,8 +129,8 @@ def _parse(argv):
     value = getattr(args, name)
     if value is not None and not 0 < value < float("inf"):
       raise InputError(f"--{name} is {value}, expected a number above 0")
-  if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
-    raise InputError(f"--json {args.json}: its folder does not exist")
+  if args.json:
+    checks.file_to_write("--json", args.json)
   if (args.train or args.grpo) and (
     args.size != "100m" or args.model or args.scan or (args.train and args.grpo)
   ):

@@ -11,7 +11,7 @@ from xomni_jax.data import world
 from xomni_jax.data.fields import Record, world_of
 from xomni_jax.data.prompts import open_prompts
 from xomni_jax.errors import InputError
-from xomni_jax.inference import shipped
+from xomni_jax.inference import arguments, checkpoint, shipped
 from xomni_jax.inference.fingerprint import fingerprint
 from xomni_jax.rewards import text_scores
 
@@ -104,6 +104,19 @@ def from_json(raw: Mapping[str, Any]) -> Asked:
   return Asked(
     **{**raw, "targets": (*raw["targets"],), "size": (*raw["size"],)}
   )
+
+
+def check_sizes(asked: Sequence[Asked], models: Sequence[str]) -> None:
+  """InputError where a model can't draw a size, before hours are spent."""
+  sizes = sorted({a.size for a in asked})
+  for model in models:
+    decoder = checkpoint.open_checkpoint(model).config.decoder
+    for size in sizes:
+      try:
+        arguments.grid_of(size, decoder.upscale_factor)
+      except InputError as e:
+        (text, *_) = [a.text for a in asked if a.size == size]
+        raise InputError(f"prompt {text[:60]!r}: {e}") from None
 
 
 def prompts_hash(asked: Sequence[Asked]) -> str:

@@ -9,7 +9,6 @@ the colours that were asked for.
 """
 
 import argparse
-import functools
 import os
 import pathlib
 
@@ -242,10 +241,14 @@ def _colours(args):
   }
   out = make_folder(args.out)
 
-  @functools.lru_cache(maxsize=1)  # one model is in memory at a time
+  loaded: dict[str, drawing.Drawer] = {}
+
   def drawer(name):
-    model = loading.load(models[name], args.flux)
-    return drawing.Drawer(model, args.seed, args.steps)
+    if name not in loaded:
+      loaded.clear()  # one model is in memory at a time
+      model = loading.load(models[name], args.flux)
+      loaded[name] = drawing.Drawer(model, args.seed, args.steps)
+    return loaded[name]
 
   wanted = colours.settings(args.source, list(models))
   with measure.progress(len(wanted) * len(some)) as bar:

@@ -82,7 +82,7 @@ def _check_same(runs: Runs) -> None:
 def best_of_n_text(runs: Runs) -> str:
   """The tables of best-of-N, Markdown."""
   identity = _any(runs)["identity"]
-  parts = ["# Best of N", "", _about(identity), "", "![](best-of-n.png)", ""]
+  parts = ["# Best of N", "", _about(runs), "", "![](best-of-n.png)", ""]
   for engine, title in _engines(identity):
     parts += [f"## {title}", ""]
     if engine in identity["engines"]:
@@ -146,7 +146,7 @@ def _ratios(scores: Lines) -> list[str]:
 def cfg_text(runs: Runs) -> str:
   """The tables of guidance and filters, Markdown."""
   identity = _any(runs)["identity"]
-  parts = ["# Guidance and filters", "", _about(identity), ""]
+  parts = ["# Guidance and filters", "", _about(runs), ""]
   parts += ["![](cfg.png)", ""]
   for engine, title in _engines(identity):
     parts += [f"## {title}", ""]
@@ -195,12 +195,14 @@ def _any(of):
   return next(iter(of.values()))
 
 
-def _about(identity) -> str:
+def _about(runs) -> str:
+  identity = _any(runs)["identity"]
   prompts = ", ".join(
     f"{count} {split} prompts"
     for split, (count, _) in identity["prompts"].items()
   )
-  same = ", under the same random keys" if _same_keys(identity) else ""
+  kept = all(_same_keys(run["identity"]) for run in runs.values())
+  same = ", under the same random keys" if kept else ""
   return (
     f"{identity['source']}: {prompts}, {identity['steps']} steps of denoising. "
     "In brackets 95 % intervals: bootstrap over prompts, 10,000 resamples, the "

@@ -62,6 +62,8 @@ class Workbench(contextlib.ExitStack):
     models = {m: getattr(args, m, None) for m in _MODELS}
     models = {m: path for m, path in models.items() if path}
     hashes = {m: asked.model_hash(p, args.flux) for m, p in models.items()}
+    for some in self._prompts.values():
+      asked.check_sizes(some, list(models.values()))
     self._readers = reading.Readers(args.readers)
     self.callback(self._readers.close)
     self.identity = {

@@ -135,6 +135,11 @@ def _parse(argv):
       f"shard-size {args.shard_size}, batch {args.batch}, first {args.first}, "
       f"count {args.count}: expected from 1, 1, 0, 0"
     )
+  if not 0 <= args.max_bad_rate <= 1:
+    raise InputError(
+      f"max-bad-rate is {args.max_bad_rate}, expected a share from 0 to 1, "
+      "such as 0.05"
+    )
   return args
 
 
@@ -168,6 +173,8 @@ def run(
   mine = list(enumerate(starts))[part[0] :: part[1]]
   name = f"codes-{{:05d}}-of-{len(starts):05d}.array_record"
   paths = {start: out / name.format(k) for k, start in mine}
+  for path in paths.values():
+    _name_list(path)  # a kill may have come before it
   missing = [start for start, path in paths.items() if not path.exists()]
   numbers = {s: range(s, min(s + job.shard_size, end)) for s in missing}
   total = sum(map(len, numbers.values()))
@@ -183,7 +190,8 @@ def run(
   if bad > max_bad_rate * records_:
     raise InputError(
       f"{bad} of {records_} records are bad, expected at most "
-      f"{max_bad_rate:.2%}; see {out}/*.bad.txt, or raise --max-bad-rate"
+      f"{max_bad_rate:.2%}; see {out}/*.bad.txt, mend them and delete their "
+      "shards, which are then made again, or raise --max-bad-rate"
     )
   return [path for path in paths.values() if path.exists()]
 
@@ -239,12 +247,29 @@ def _bad_path(shard):
 
 
 def _write(path, model, made, bad):
-  """Writes a shard, and before it the list of what is not in it."""
+  """Writes a shard, and before it the list of what is not in it.
+
+  The list has its name once the shard is there: a list without a shard says
+  that no record of it was good.
+  """
+  _bad_path(path).unlink(missing_ok=True)  # of an earlier try
   if bad:
-    _bad_path(path).write_text("\n".join(bad) + "\n")
+    _pending(path).write_text("\n".join(bad) + "\n")
   if made:
     lengths = [sequences.lengths(r, model.tokenizer) for r in made]
     records.write_records(path, made, lengths)
+    _name_list(path)
+  elif bad:
+    _pending(path).replace(_bad_path(path))
+
+
+def _name_list(shard):
+  if shard.exists() and _pending(shard).exists():
+    _pending(shard).replace(_bad_path(shard))
+
+
+def _pending(shard):
+  return shard.with_name(f"{shard.name}.bad.part")
 
 
 def _records(job, model, source, numbers, batch, bar, watch):

@@ -12,6 +12,7 @@ import pathlib
 
 import jax
 
+from xomni_jax import checks
 from xomni_jax.config_files import load_architecture
 from xomni_jax.errors import ArgumentParser, InputError
 from xomni_jax.plan.compiling import LIBTPU, Plan, Target, mesh_of, open_target
@@ -27,8 +28,8 @@ def main(argv: list[str]) -> int:
     InputError: bad arguments, no libtpu, or a program that does not fit.
   """
   args = _parse(argv)
-  if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
-    raise InputError(f"--json {args.json}: its folder does not exist")
+  if args.json:
+    checks.file_to_write("--json", args.json)
   programs = _train(args) if args.program == "train" else _inference(args)
   # Compiled anew whatever a cache holds, so that the seconds are true.
   jax.config.update("jax_enable_compilation_cache", False)
@@ -57,7 +58,7 @@ def _train(args):
   target = open_target(args.target)
   mesh = mesh_of(target, args.mesh) if args.mesh else None
   programs = [lambda: plan_train(config, target, mesh)]
-  if config.stage == "grpo":
+  if config.get("stage") == "grpo":
     programs += plan_rollout(config, target, mesh)
   return programs
 

@@ -26,7 +26,7 @@ def plan_train(
   if mesh is None:
     sizes = mesh_lib.fill(dict(cfg.mesh), len(target.devices))
     mesh = mesh_lib.make_mesh(**sizes, devices=target.devices)
-  step_lib.check_batch(cfg, mesh)
+  step_lib.check_devices(cfg, mesh)
   program = build.program(cfg, arch, config)
   layout = make_layout(program.parts, cfg.phases, mesh, cfg.frozen_dtype)
   phase = max(range(len(cfg.phases)), key=lambda i: len(layout.active[i]))

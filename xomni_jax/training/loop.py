@@ -64,7 +64,7 @@ def train(
   """
   workdir = pathlib.Path(workdir)
   mesh = mesh_lib.make_mesh(**mesh_lib.fill(dict(cfg.mesh), jax.device_count()))
-  step_lib.check_batch(cfg, mesh)
+  step_lib.check_devices(cfg, mesh)
   layout = make_layout(stage.program.parts, cfg.phases, mesh, cfg.frozen_dtype)
   folder = workdir / "checkpoints"
   runs = runs_lib.Runs(folder, cfg.checkpoint)

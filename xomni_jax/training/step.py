@@ -71,8 +71,14 @@ def batch_sharding(mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_batch(cfg: TrainConfig, mesh) -> None:
-  """Raises InputError where rows can't be dealt out evenly."""
+def check_devices(cfg: TrainConfig, mesh) -> None:
+  """Raises InputError where devices can't share, or not run, what is asked."""
+  kind = mesh.devices.flat[0].platform
+  if cfg.compute.attention == "splash" and kind != "tpu":
+    raise InputError(
+      f"compute.attention is 'splash', a kernel for TPUs, and devices are "
+      f"{kind}; give --config.compute.attention=chunked"
+    )
   ways = 1
   for axis in BATCH_AXES:
     ways *= mesh.shape[axis]
