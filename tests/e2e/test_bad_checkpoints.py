@@ -62,6 +62,11 @@ def two_problems(tree):
   )
 
 
+def save_pt(path, tensor, **how):
+  torch = pytest.importorskip("torch")
+  torch.save({"a": torch.ones(40, dtype=getattr(torch, tensor))}, path, **how)
+
+
 class Evil:
   def __reduce__(self):
     return (pathlib.Path.touch, (pathlib.Path("evil"),))
@@ -180,6 +185,21 @@ CHECKPOINTS = {
   "truncated .pt": (
     lambda t: truncate(t / "xomni/vit/projector.pt"),
     ["projector.pt", "not a whole file"],
+  ),
+  "truncated .pt of an old form": (
+    lambda t: (
+      save_pt(
+        t / "xomni/vit/projector.pt",
+        "float32",
+        _use_new_zipfile_serialization=False,
+      ),
+      truncate(t / "xomni/vit/projector.pt"),
+    ),
+    ["projector.pt", "not a whole file"],
+  ),
+  "float8 .pt": (
+    lambda t: save_pt(t / "xomni/vit/projector.pt", "float8_e4m3fn"),
+    ["projector.pt", "a is float8_e4m3fn", "expected one of F64, F32"],
   ),
   "a pickle with code": (
     lambda t: (t / "xomni/vit/projector.pt").write_bytes(pickle.dumps(Evil())),

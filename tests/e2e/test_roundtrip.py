@@ -23,7 +23,7 @@ from tests.released_files import (
   read_pt,
 )
 from xomni_jax import params
-from xomni_jax.checkpoints import released
+from xomni_jax.checkpoints import released, tensor_files
 from xomni_jax.inference import checkpoint
 
 torch = pytest.importorskip("torch")
@@ -108,6 +108,22 @@ def test_live_parameters_export_to_the_same_files(original, tmp_path):
   for stem in (VIT, PROJECTOR):
     state = torch.load(out / f"{stem}.pt", weights_only=True)
     assert all(t.is_contiguous() for t in state.values())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pt_file_of_parameters_is_read_in_both_of_its_formats(tmp_path, zipped):
+  tensors = {"a": np.ones(3, np.float32), "b": np.zeros(2, ml_dtypes.bfloat16)}
+  state = {
+    key: torch.nn.Parameter(torch.tensor(x.tolist(), dtype=kind))
+    for (key, x), kind in zip(
+      tensors.items(), (torch.float32, torch.bfloat16), strict=True
+    )
+  }
+  path = tmp_path / "x.pt"
+  torch.save(state, path, _use_new_zipfile_serialization=zipped)
+  file = tensor_files.pt_file(path)
+  with file.open() as read:
+    assert_same_bits({"": {k: read(k) for k in file.shapes}}, {"": tensors})
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

@@ -15,7 +15,6 @@ def test_breaker_opens_tries_once_and_closes():
   for _ in range(2):
     _request(endpoints, False)
   assert endpoints.take() == 5.0
-  assert endpoints.states() == ["open"]
   now[0] = 5.5
   trial = endpoints.take()
   assert trial == (0, "a")
@@ -24,8 +23,8 @@ def test_breaker_opens_tries_once_and_closes():
   assert endpoints.take() == 5.0
   now[0] = 11.0
   _request(endpoints, True)
-  assert endpoints.states() == ["closed"]
-  assert endpoints.take() == (0, "a")
+  for _ in range(2):
+    assert endpoints.take() == (0, "a")
 
 
 @pytest.mark.parametrize("ok", [False, None])
@@ -45,16 +44,16 @@ def test_breaker_trial_goes_on_while_older_requests_end(ok):
   assert second == (0, "a")
   assert isinstance(endpoints.take(), float)
   endpoints.give_back(older[3], True)  # it does answer
-  assert endpoints.states() == ["closed"]
+  assert endpoints.take() == (0, "a")
   endpoints.give_back(second, False)  # an ordinary failure by now
-  assert endpoints.states() == ["closed"]
+  assert endpoints.take() == (0, "a")
 
 
 def test_breaker_forgets_failures_after_a_success():
   endpoints = Endpoints(["a"], threshold=2)
   for ok in (False, True, False, None, True, False):
     _request(endpoints, ok)
-  assert endpoints.states() == ["closed"]
+  assert endpoints.take() == (0, "a")
 
 
 def test_endpoint_least_loaded_is_taken_and_the_avoided_one_last():

@@ -41,7 +41,7 @@ def test_longtext_form_is_the_benchmarks(case):
   assert truth == expected["gt_preprocessed"]
   assert read == expected["ocr_preprocessed"]
   if mode == "zh" and truth:
-    recall = text_scores.character_recall(truth, read)
+    recall = text_scores.forms_reward(read, truth).recall
     assert recall == pytest.approx(expected["text_accuracy"], abs=1e-9)
 
 

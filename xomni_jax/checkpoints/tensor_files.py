@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import pathlib
-import pickle
 from collections.abc import Callable, Iterator
 
 import ml_dtypes
@@ -80,7 +79,7 @@ def safetensors_file(path: pathlib.Path) -> TensorFile:
 
 
 def _read_pt(path):
-  """{key: array} of a pickled state dict, mapped."""
+  """{key: array} of a pickled state dict, mapped where its format can be."""
   try:
     import torch
   except ImportError:
@@ -89,11 +88,13 @@ def _read_pt(path):
       f"tensors beside it as {path.with_suffix('.safetensors').name}"
     ) from None
   try:
-    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    with path.open("rb") as file:
+      mapped = file.read(4) == b"PK\3\4"  # before PyTorch 1.6: no zip file
+    state = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
   except FileNotFoundError:
     raise InputError(f"{path}: no such file; fetch it again") from None
-  except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as e:
-    reason = str(e).strip().splitlines()[0]
+  except Exception as e:  # whatever a spoilt pickle may raise
+    reason = str(e).strip().split("\n")[0] or type(e).__name__
     raise InputError(
       f"{path}: not a whole file of weights alone ({reason})"
     ) from None
@@ -102,12 +103,17 @@ def _read_pt(path):
   ):
     raise InputError(f"{path}: not a state dict, expected names to tensors")
 
-  def array(tensor):
+  def array(key, tensor):
+    tensor, kind = tensor.detach(), str(tensor.dtype).removeprefix("torch.")
+    if kind not in [dtype.name for dtype in _DTYPES.values()]:
+      raise InputError(
+        f"{path}: {key} is {kind}, expected one of {', '.join(_DTYPES)}"
+      )
     if tensor.dtype == torch.bfloat16:  # unknown to numpy, bits kept
       return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
-  return {key: array(tensor) for key, tensor in state.items()}
+  return {key: array(key, tensor) for key, tensor in state.items()}
 
 
 def pt_file(path: pathlib.Path) -> TensorFile:

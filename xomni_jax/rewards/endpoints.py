@@ -88,15 +88,6 @@ class Endpoints:
         if trial or self._failures[number] >= self._threshold:
           self._open_until[number] = self._clock() + self._cooldown
 
-  def states(self) -> list[str]:
-    """ "closed", "open" or "half-open" of each, for people and tests."""
-    with self._lock:
-      now = self._clock()
-      return [
-        "closed" if until is None else "open" if now < until else "half-open"
-        for until in self._open_until
-      ]
-
   def _may_take(self, i, now):
     until = self._open_until[i]
     return until is None or (now >= until and self._trials[i] is None)

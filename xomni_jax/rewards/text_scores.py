@@ -119,16 +119,6 @@ def longtext_form(text: str, lang: str) -> str:
   return _SPACE.sub(" ", text).strip().lower()
 
 
-def character_recall(target: str, read: str) -> float:
-  """Share of the target's characters in the text, as multisets, no spaces.
-
-  Raises:
-    ZeroDivisionError: the target has no character.
-  """
-  matched, wanted, _ = _overlap(target, read)
-  return matched / wanted
-
-
 def _overlap(target, read):
   """Common characters, those of the target, those of the text; no spaces."""
   wanted = collections.Counter(_SPACE.sub("", target))
