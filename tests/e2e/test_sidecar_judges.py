@@ -377,6 +377,16 @@ def test_alignment_of_sentences_is_the_mean_and_all_must_answer(judge):
   assert reward.score([item])[0].error_kind == "bad_reply"
 
 
+def test_alignment_asks_about_whole_sentences():
+  for space, sentences in (
+    (" ", ['A sign "OPEN 9.30 - 17.00".', "The U.S. Navy;", "a ship"]),
+    ("", ["牌子写着“开门。”和3.5。", "有猫！", "好"]),
+    ("\n", ["A cat", "A U.S.", "flag"]),
+  ):
+    prompt = space.join(sentences)
+    assert [*judges._asked(["{sentence}"], prompt)] == sentences
+
+
 def test_judges_revision_changes_with_all_that_is_asked(judge, tmp_path):
   path = tmp_path / "template.txt"
   path.write_text("Rate {prompt} of 1 to 5 after 'Final Score:'")

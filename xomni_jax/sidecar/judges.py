@@ -63,6 +63,13 @@ _NO_END = re.compile(
 )
 
 
+# White space ends a sentence after a Latin stop alone: "9.30" is one number,
+# `OPEN.".` one end, "U.S. Navy" one name.
+_ENDS = re.compile(
+  r"(?<=[.!?;])(?<!\b[A-Z]\.)\s+|(?<=[。！？；])(?![”’」』])\s*|\n+"
+)
+
+
 class JudgeError(Exception):
   """A judge gave no score; `kind` is the failure's error_kind."""
 
@@ -205,7 +212,7 @@ def template(path: str, default: str) -> str:
 
 def _asked(questions, prompt):
   """The questions about a prompt, its sentences put into those that ask so."""
-  parts = re.split(r"(?<=[.!?;。！？；])\s*|\n+", prompt)
+  parts = _ENDS.split(prompt)
   parts = [part.strip() for part in parts if part.strip()] or [prompt]
   for question in questions:
     if "{sentence}" in question:
