@@ -397,3 +397,17 @@ def test_prompts_that_are_no_text_are_one_line(tmp_path):
   with pytest.raises(InputError, match="UTF-8") as error:
     open_prompts(str(path))
   assert "\n" not in str(error.value)
+
+
+def test_language_of_a_prompt_is_a_tag_without_case_and_region(tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  langs = ["zh-CN", "zh_Hans", "EN", "fil", "pt-BR "]
+  lines = [f'{{"prompt": "a", "lang": "{lang}"}}' for lang in langs]
+  path.write_text("\n".join(lines))
+  found = [prompt.lang for prompt in open_prompts(str(path))]
+  assert found == ["zh", "zh", "en", "fil", "pt"]
+  for wrong in ("English", "e", "中文", "en-", "x-klingon"):
+    path.write_text(lines[0] + f'\n{{"prompt": "a", "lang": "{wrong}"}}')
+    with pytest.raises(InputError, match=f"line 2: lang is '{wrong}'") as error:
+      open_prompts(str(path))
+    assert "\n" not in str(error.value)

@@ -223,13 +223,14 @@ def test_tesseract_is_called_with_the_items_language(tmp_path, monkeypatch):
     _blank(("EAR", "71"), "a"),
     _blank(("EAR", "71"), "b")._replace(lang="xx"),
     _blank(("EAR71",), "c")._replace(lang="zh"),
+    _blank(("EAR", "71"), "d")._replace(lang="de"),
   ]
-  a, b, c = ocr.make_scorer(engine)(items)
-  assert (a.score, c.score) == (1.0, 1.0)
+  a, b, c, d = ocr.make_scorer(engine)(items)
+  assert (a.score, c.score, d.score) == (1.0, 1.0, 1.0)
   assert "no such language" in b.raw["error"]
   assert "tesseract-9.9" in a.model_rev
   calls = (tmp_path / "calls").read_text()
-  assert {"-l eng", "-l xx", "-l chi_sim"} <= {
+  assert {"-l eng", "-l xx", "-l chi_sim", "-l deu"} <= {
     " ".join(line.split()[2:4]) for line in calls.splitlines()
   }
 

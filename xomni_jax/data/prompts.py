@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from xomni_jax.data import plan, world
 from xomni_jax.data.fields import world_of
 from xomni_jax.errors import InputError
 from xomni_jax.train_config import DataConfig, SourceConfig
+
+_LANG = re.compile(r"([A-Za-z]{2,3})([-_][A-Za-z0-9]+)*")  # zh, zh-Hans_CN
 
 
 class Prompt(NamedTuple):
@@ -40,7 +43,8 @@ def open_prompts(path: str) -> Sequence[Prompt]:
       posters their own); or a JSONL file of
       {"prompt": "...", "targets": ["..."], "lang": "en", "size": [h, w],
       "key": "..."}, of which only the prompt is needed. Targets are named,
-      never guessed from the prompt.
+      never guessed from the prompt. Of a language's tag case and region do not
+      count: "zh-CN" is "zh".
   Raises:
     InputError: no such file, or lines that are no prompts; the first ten.
   """
@@ -86,6 +90,12 @@ def _prompt(raw: Any, where: str) -> Prompt:
     # JSON can spell halves of characters.
     if not _is_unicode(part):
       raise InputError(f"{part!r} is no Unicode text, mend its \\u escapes")
+  tag = _LANG.fullmatch(lang.strip())
+  if not tag:
+    raise InputError(
+      f"lang is {lang[:20]!r}, expected a tag of 2 or 3 letters, such as en, "
+      "zh or zh-CN"
+    )
   if size is not None and not (
     isinstance(size, list)
     and len(size) == 2
@@ -93,7 +103,8 @@ def _prompt(raw: Any, where: str) -> Prompt:
   ):
     raise InputError(f"size is {size!r}, expected [height, width] in px")
   key = str(raw.get("key", where))
-  return Prompt(key, text, tuple(targets), lang, size and tuple(size))
+  lang, size = tag[1].lower(), size and tuple(size)
+  return Prompt(key, text, tuple(targets), lang, size)
 
 
 def _is_unicode(text: str) -> bool:

@@ -25,7 +25,14 @@ from xomni_jax.errors import InputError
 from xomni_jax.rewards.wire import Item
 
 GOT_HUB = "stepfun-ai/GOT-OCR-2.0-hf"
-_TESSERACT_LANGUAGES = {"en": "eng", "zh": "chi_sim"}
+# Of those that are not here, a prompt names Tesseract's own code.
+_TESSERACT_LANGUAGES = {
+  "ar": "ara", "bg": "bul", "cs": "ces", "da": "dan", "de": "deu", "el": "ell",
+  "en": "eng", "es": "spa", "fi": "fin", "fr": "fra", "he": "heb", "hi": "hin",
+  "hu": "hun", "id": "ind", "it": "ita", "ja": "jpn", "ko": "kor", "nl": "nld",
+  "no": "nor", "pl": "pol", "pt": "por", "ro": "ron", "ru": "rus", "sv": "swe",
+  "th": "tha", "tr": "tur", "uk": "ukr", "vi": "vie", "zh": "chi_sim",
+}  # fmt: skip
 _TESSERACT_SECONDS = 30
 
 
