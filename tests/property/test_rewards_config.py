@@ -96,6 +96,10 @@ def test_open_scorer_wants_the_token_it_was_told_of(monkeypatch):
     open_scorer(cfg)
   monkeypatch.setenv("XOMNI_TEST_TOKEN", "x")
   assert open_scorer(cfg)([]) == []
+  monkeypatch.setenv("XOMNI_TEST_TOKEN", "geheim-ü")
+  with pytest.raises(InputError, match="printable ASCII") as error:
+    open_scorer(cfg)
+  assert "geheim" not in str(error.value)
 
 
 def test_open_scorer_of_local_ocr_reads():

@@ -135,3 +135,16 @@ def test_sidecar_needs_a_token_beyond_loopback(monkeypatch, host, needs):
     assert app.token() == ""
   monkeypatch.setenv("TOKEN_OF_THE_TEST", "secret\n")
   assert app.token() == "secret"
+
+
+@pytest.mark.parametrize("token", ["secret-€", "sec\nret", "secret\x7f"])
+def test_sidecar_token_that_no_header_can_bear_is_not_shown(monkeypatch, token):
+  monkeypatch.setenv("TOKEN_OF_THE_TEST", token)
+  settings = {"url": "http://127.0.0.1:9", "key_env": "TOKEN_OF_THE_TEST"}
+  for ask in (
+    App("x", "ocr", token_env="TOKEN_OF_THE_TEST").token,
+    lambda: engines.open_reward("unified_reward", settings),
+  ):
+    with pytest.raises(InputError, match="in TOKEN_OF_THE_TEST has") as e:
+      ask()
+    assert "sec" not in str(e.value) and len(str(e.value).splitlines()) == 1

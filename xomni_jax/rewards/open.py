@@ -1,9 +1,9 @@
 """From a reward's config to its scorer."""
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 
+from xomni_jax.checks import secret
 from xomni_jax.errors import InputError
 from xomni_jax.reward_config import RewardConfig, parse_source
 from xomni_jax.rewards import client, ocr, replay, text_batches, text_scores
@@ -27,7 +27,7 @@ def open_scorer(
     stop: once it is set, servers are not waited for any more.
   Raises:
     InputError: an engine is missing, a file can't be read or written, or the
-      token's environment variable is not set.
+      token's environment variable is not set or no token.
   """
   sources = parse_source(cfg.source)
   scorers = {
@@ -64,7 +64,7 @@ def _open_source(cfg, source, text_backend, stop):
 def _token(cfg):
   if not cfg.token_env:
     return ""
-  token = os.environ.get(cfg.token_env, "").strip()
+  token = secret(cfg.token_env)
   if not token:
     raise InputError(
       f"reward {cfg.name} takes its token from {cfg.token_env}, which is not "

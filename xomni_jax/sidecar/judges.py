@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from xomni_jax.checks import secret
 from xomni_jax.errors import InputError
 from xomni_jax.rewards import wire
 from xomni_jax.rewards.wire import Item, Score
@@ -272,6 +272,7 @@ def _ask(server, image, text, settings):
 
 def _reward(name, server, judge, questions, settings):
   """A Reward out of `judge(item) -> (score, raw)`, which may raise."""
+  secret(server.key_env)  # a bad one is told before anything is asked
   said = {"questions": questions, "settings": settings, "model": server.model}
   text = json.dumps(said, sort_keys=True, ensure_ascii=False)
   digest = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -321,7 +322,7 @@ def _session(server):
   session = requests.Session()
   # No proxy or .netrc: the server stands beside this one and has its own key.
   session.trust_env = False
-  if key := os.environ.get(server.key_env, "").strip():
+  if key := secret(server.key_env):
     session.headers["Authorization"] = f"Bearer {key}"
   return session
 

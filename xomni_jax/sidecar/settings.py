@@ -5,11 +5,11 @@ import dataclasses
 import importlib.util
 import ipaddress
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xomni_jax.checks import secret
 from xomni_jax.errors import InputError
 from xomni_jax.rewards.wire import Limits
 
@@ -96,9 +96,10 @@ class App:
     """The bearer token; "": none is asked for.
 
     Raises:
-      InputError: none is set, and the host is not loopback.
+      InputError: none is set, and the host is not loopback; or it is no
+        token.
     """
-    token = os.environ.get(self.token_env, "").strip()
+    token = secret(self.token_env)
     if not token and not _is_loopback(self.host):
       raise InputError(
         f"application {self.name!r} would serve {self.host} without a token; "
