@@ -184,6 +184,33 @@ def test_steps_that_were_watched_are_read_or_refused(tmp_path):
     assert "\n" not in str(e.value)
 
 
+def test_why_scores_failed_is_told_once_each(tmp_path, monkeypatch):
+  """As a warning, and where the run stops; whatever JSON says why."""
+  why = {
+    0: wire.Score("0", False, None, {"error": "no\x1b[1m\nGPU" * 99}, "engine"),
+    1: wire.Score("1", False, None, ["far"], "odd"),
+    2: wire.Score("2", False, None, {"raw": {"error": "late"}}, "timeout"),
+  }
+  scorer = lambda items: [
+    why.get(int(i.id), wire.Score(i.id, True, 0.5, {})) for i in items
+  ]
+  monkeypatch.setattr(rewarding, "open_scorer", lambda *args: scorer)
+  asking = rewarder(tmp_path, max_failure_rate=0.4, window=1)
+  images = dict.fromkeys(range(8), np.zeros((2, 2, 3), np.uint8))
+  hear = lambda step: asking.hear(
+    asking.ask(step, [Prompt("p", "a sign")] * 8, images)
+  )
+  first, other, last = hear(0).warnings
+  assert first.startswith("a score failed, ocr: engine: no [1m GPUno [1m ")
+  assert len(first) < 230
+  assert other == 'a score failed, ocr: other: ["far"]'
+  assert last == "a score failed, ocr: timeout: late"
+  assert hear(1).warnings == []
+  why |= {i: wire.failed(str(i), "client", "no route") for i in (3, 4)}
+  with pytest.raises(RunError, match=r"one says: no route\)"):
+    hear(2)
+
+
 def test_run_that_an_outage_stopped_goes_on_once_it_is_over(
   tmp_path, monkeypatch
 ):

@@ -64,11 +64,12 @@ def test_client_splits_batches_by_bytes(serve):
 def test_client_sends_its_token_and_stops_at_a_wrong_one(serve):
   def behave(items, handler):
     right = handler.headers.get("Authorization") == "Bearer secret"
-    return (200, honest(items)) if right else (401, b'{"error": "token"}')
+    return (200, honest(items)) if right else (401, b"I got Bearer wrong")
 
   server = serve(behave)
   assert all(s.ok for s in ask([server.url], make_items(2), token="secret")[0])
   scores, _ = ask([server.url], make_items(4), token="wrong")
+  assert "wrong" not in scores[0].raw["error"]
   assert kinds(scores) == {"http"}
   assert "401" in scores[0].raw["error"]
   assert len(server.requests) == 2  # a wrong token is not tried again

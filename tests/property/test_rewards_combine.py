@@ -245,7 +245,7 @@ def _run(steps, cfg, rewards=()):
   history, warnings = History([], []), []
   for n, step in enumerate(steps):
     try:
-      history, new = watch(history, step, rewards, cfg)
+      history, new = watch(history, step, rewards, cfg, {})
     except RunError as e:
       assert "\n" not in str(e)
       return n, str(e)
@@ -265,6 +265,23 @@ def test_watch_stops_above_the_failure_rate_of_its_window():
   # Old failures leave the window.
   apart = [bad, *[good] * 9] * 5
   assert _run(apart, cfg)[0] == len(apart)
+
+
+@pytest.mark.parametrize(
+  ("source", "mend"),
+  [("http://a:1/x", "see to their servers"), ("local:ocr", "mend that")],
+)
+def test_watch_says_what_failed_and_speaks_of_servers_where_there_are_some(
+  source, mend
+):
+  said = {"ocr: timeout": "status 401: no token"}
+  rewards = (RewardConfig("ocr", source), _reward("hps"))
+  with pytest.raises(RunError) as error:
+    watch(History([], []), _step(8, 8), rewards, CombineConfig(window=1), said)
+  whole = (
+    f"(ocr: timeout 8; one says: status 401: no token); {mend}, then start"
+  )
+  assert whole in str(error.value)
 
 
 def test_watch_with_a_rate_of_0_stops_at_the_first_failure():
@@ -318,7 +335,7 @@ def test_drift_is_a_metric_while_it_lasts():
   for n in range(18):
     fall = min(0.01 * n, 0.08)
     step = _step(8, 0, ocr=0.01 * n, hps=0.9 - fall, other=0.5)
-    history, warnings = watch(history, step, rewards, cfg)
+    history, warnings = watch(history, step, rewards, cfg, {})
     warned += [n] * len(warnings)
     seen.append(drift_metrics(history, rewards, cfg))
     if n == 6:  # a run that is resumed has the last steps alone

@@ -275,7 +275,10 @@ class _Call:
 
   def _parse(self, status, body, part):
     if status != 200:
-      raise _refusal(status, body)
+      # Some servers repeat what they were sent; errors are shown.
+      sent = self._http.headers.get("Authorization", "").encode()
+      token = sent.removeprefix(b"Bearer ")
+      raise _refusal(status, body.replace(token, b"...") if token else body)
     ids = [self._items[i].id for i in part]
     scores = wire.scores_from_json(body, ids)
     if all(score.error_kind == "bad_reply" for score in scores):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from xomni_jax.errors import RunError
-from xomni_jax.reward_config import CombineConfig, RewardConfig
+from xomni_jax.reward_config import CombineConfig, RewardConfig, parse_source
 
 
 class Column(NamedTuple):
@@ -145,6 +145,7 @@ def watch(
   combined: Combined,
   rewards: Sequence[RewardConfig],
   cfg: CombineConfig,
+  causes: Mapping[str, str],
 ) -> tuple[History, list[str]]:
   """The history with one more step, and warnings, each one line.
 
@@ -152,6 +153,8 @@ def watch(
   policy then learns what pleases the former and not what both stand for. It
   does not repeat that while it stays so; `drift_metrics` do.
 
+  Args:
+    causes: "reward: error_kind" -> what one of those that failed said.
   Raises:
     RunError: more than `cfg.max_failure_rate` of the scores of `cfg.window`
       steps failed, or will have even if all to come succeed.
@@ -162,11 +165,20 @@ def watch(
   steps = len(failures)
   if failed > cfg.max_failure_rate * asked * cfg.window / steps:
     reasons = sorted(combined.reasons.items(), key=lambda r: -r[1])[:3]
+    said = [f"; one says: {causes[r]}" for r, _ in reasons if r in causes][:1]
+    failing = {reason.partition(":")[0] for reason, _ in reasons}
+    asked_of = [
+      source.kind
+      for reward in rewards
+      if reward.name in failing
+      for source in parse_source(reward.source)
+    ]
+    mend = "see to their servers" if "http" in asked_of else "mend that"
     raise RunError(
       f"{failed} of {asked} scores of rewards failed in the last {steps} "
       f"steps, expected at most {cfg.max_failure_rate:.0%} over {cfg.window} "
-      f"steps ({', '.join(f'{r} {n}' for r, n in reasons)}); see to their "
-      "servers, then start the run again: it goes on"
+      f"steps ({', '.join(f'{r} {n}' for r, n in reasons)}{''.join(said)}); "
+      f"{mend}, then start the run again: it goes on"
     )
   if not cfg.drift_window:
     return History(failures, []), []

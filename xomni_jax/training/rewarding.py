@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import json
 import pathlib
 import threading
 import time
@@ -109,6 +110,7 @@ class Rewarder:
     if jax.process_index() == 0:
       self._journal = journal.Journal(self._watched)
     self._history: combine.History | None = None
+    self._told: set[str] = set()  # reasons of failures, each with its cause
     # A thread a reward: each has its own server, or its own engine.
     self._pool = concurrent.futures.ThreadPoolExecutor(len(rewards))
     self._fused: _Fused | None = None
@@ -204,10 +206,15 @@ class Rewarder:
     )
     warnings: Sequence[str] = ()
     if watch:
-      found, warnings = self._watch(asked.step, found)
+      causes = _causes(scores)
+      found, drifts = self._watch(asked.step, found, causes)
+      new = {k: line for k, line in causes.items() if k not in self._told}
+      self._told |= new.keys()
+      failures = [f"a score failed, {k}: {line}" for k, line in new.items()]
+      warnings = [*failures, *drifts]
     return Heard(found, columns, scores, seconds, warnings)
 
-  def _watch(self, step: int, found: combine.Combined):
+  def _watch(self, step: int, found: combine.Combined, causes):
     """A step with drifts among its metrics, and warnings."""
     history, stopped = self._history, False
     if history is None:
@@ -216,7 +223,7 @@ class Rewarder:
       history = history._replace(failures=[])
     try:
       self._history, warnings = combine.watch(
-        history, found, self._rewards, self._cfg
+        history, found, self._rewards, self._cfg, causes
       )
     except RunError:
       self._note({"stopped": step})
@@ -353,6 +360,33 @@ def _about(reward: RewardConfig) -> str:
   return repr((here, reward.engines, reward.spaces, reward.model))
 
 
+def _kind(score: wire.Score) -> str:
+  """One of _KINDS."""
+  kind = score.error_kind or ""
+  return kind if kind in _KINDS else "other"
+
+
+def _causes(scores) -> dict[str, str]:
+  """{"reward: error_kind": what the first of this process's failures says}."""
+  found: dict[str, str] = {}
+  for name, by_row in scores.items():
+    for score in by_row.values():
+      reason = f"{name}: {_kind(score)}"
+      if not score.ok and reason not in found:
+        found[reason] = _cause(score.raw)
+  return found
+
+
+def _cause(raw) -> str:
+  """One line of at most 200 characters; a server may say any JSON."""
+  # Of several engines, the one that failed is told with what it said.
+  while isinstance(raw, dict) and (inner := raw.keys() & {"error", "raw"}):
+    raw = raw[min(inner)]
+  text = raw if isinstance(raw, str) else json.dumps(raw)
+  text = "".join(c if c.isprintable() else " " for c in text)
+  return " ".join(text.split())[:200]
+
+
 def _item(prompt: Prompt):
   return prompt.text, prompt.targets, prompt.lang
 
@@ -368,13 +402,12 @@ def _table(
   table = np.full((count, 4 + 3 * lines), np.nan, np.float32)
   table[:, 0] = 0
   for row, score in scores.items():
-    kind = score.error_kind or ""
     apart = score.raw.get("apart") if isinstance(score.raw, dict) else None
     there = score.ok and wire.is_finite_number(apart)  # a server may say any
     table[row, :4] = (
       1,
       np.nan if score.score is None else score.score,
-      _KINDS.index(kind if kind in _KINDS else "other"),
+      _KINDS.index(_kind(score)),
       apart if there else np.nan,
     )
     if lines and score.ok:
