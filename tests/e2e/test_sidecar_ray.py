@@ -3,15 +3,18 @@
 import concurrent.futures
 import json
 import os
+import pathlib
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import psutil
 import pytest
 import requests
 
-from tests.sidecar_client import TOKEN, grey, post, scores, served
+from tests.sidecar_client import ROOT, TOKEN, grey, post, scores, served
 from xomni_jax.rewards import wire
 
 pytest.importorskip(
@@ -115,6 +118,50 @@ def test_sidecar_under_ray_ends_with_all_its_processes():
     assert not alive
     with pytest.raises(requests.ConnectionError):
       requests.get(f"{url}/health", timeout=5)
+
+
+def test_sidecar_under_ray_shares_no_port():
+  """Ray's proxy would share it with another of its kind, and take turns."""
+  with socket.socket() as other:
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    other.bind(("127.0.0.1", 0))
+    other.listen()
+    with (
+      pytest.raises(AssertionError, match="can't listen on 127"),
+      brightness(port=other.getsockname()[1]),
+    ):
+      pass
+
+
+@pytest.mark.slow
+def test_sidecars_share_a_cluster_each_at_a_route_of_its_own(monkeypatch):
+  monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # alike for all that join
+  port, first, second = free_port(), free_port(), free_port()
+  command = "start --head --block --num-cpus=2 --include-dashboard=false --port"
+  head = subprocess.Popen(
+    [
+      pathlib.Path(sys.executable).with_name("ray"),
+      *command.split(),
+      str(port),
+    ],
+    env=os.environ | {"PYTHONPATH": str(ROOT)},  # replicas open the reward
+  )
+  join = {"ray_address": f"127.0.0.1:{port}", "num_cpus": 0.2}
+  try:
+    with (
+      brightness(**join, name="one", port=first) as one,
+      brightness(**join, name="two", port=second, max_items=1) as two,
+    ):
+      base = f"http://127.0.0.1:{first}"
+      assert (one, two) == (f"{base}/one", f"{base}/two")
+      items = [grey("a", 51), grey("b", 102)]
+      assert [s.score for s in scores(one, items)] == [0.2, 0.4]
+      assert post(two, wire.to_json(items)).status_code == 413
+      for url in (one, two):
+        assert requests.get(f"{url}/health").json()["app"] == url[-3:]
+  finally:
+    head.terminate()
+    head.wait(60)
 
 
 @pytest.mark.slow

@@ -2,12 +2,15 @@
 
 import importlib.util
 import inspect
+import socket
+import sys
+import types
 
 import pytest
 
 from xomni_jax.errors import InputError
 from xomni_jax.reward_config import RewardConfig, parse_source
-from xomni_jax.sidecar import engines
+from xomni_jax.sidecar import engines, ray_app
 from xomni_jax.sidecar.settings import App, read_app
 
 CONFIG = "configs/sidecar.py"
@@ -148,3 +151,48 @@ def test_sidecar_token_that_no_header_can_bear_is_not_shown(monkeypatch, token):
     with pytest.raises(InputError, match="in TOKEN_OF_THE_TEST has") as e:
       ask()
     assert "sec" not in str(e.value) and len(str(e.value).splitlines()) == 1
+
+
+@pytest.fixture
+def ray(monkeypatch):
+  """In Ray's place: there is no cluster, or one whose proxy is for all."""
+  http = types.SimpleNamespace(host="0.0.0.0", port=8000)
+  fake = types.SimpleNamespace(
+    init=lambda **_: None,
+    shutdown=lambda: None,
+    serve=types.SimpleNamespace(start=lambda **_: None),
+  )
+  context = types.SimpleNamespace(
+    _get_global_client=lambda: types.SimpleNamespace(http_config=http)
+  )
+  monkeypatch.setitem(sys.modules, "ray", fake)
+  monkeypatch.setitem(sys.modules, "ray.serve", fake.serve)
+  monkeypatch.setitem(sys.modules, "ray.serve.context", context)
+  return fake
+
+
+def test_sidecar_takes_its_port_from_nobody(ray):
+  with socket.socket() as other:
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    other.bind(("127.0.0.1", 0))
+    other.listen()
+    app = App("x", "ocr", port=other.getsockname()[1])
+    with pytest.raises(InputError, match="can't listen on 127"):
+      ray_app.run(app, "")
+
+
+def test_sidecar_that_joins_no_cluster_says_so(ray):
+  def init(**_):
+    raise ConnectionError("Failed.\nCould not find any running Ray instance.")
+
+  ray.init = init
+  with pytest.raises(InputError, match=r"ray_address=auto \(Could not") as e:
+    ray_app.run(App("x", "ocr", ray_address="auto"), "")
+  assert len(str(e.value).splitlines()) == 1
+
+
+def test_sidecar_is_not_open_to_others_where_its_cluster_is(ray, monkeypatch):
+  monkeypatch.delenv("TOKEN_OF_THE_TEST", raising=False)
+  app = App("x", "ocr", ray_address="auto", token_env="TOKEN_OF_THE_TEST")
+  with pytest.raises(InputError, match=r"serve 0\.0\.0\.0 without a token"):
+    ray_app.run(app, "")

@@ -5,7 +5,6 @@ python -m xomni_jax.sidecar --config configs/sidecar.py --app ocr
 Sets up nothing; launch/sidecar.sh makes an environment for each reward.
 """
 
-import socket
 import sys
 
 from xomni_jax.errors import ArgumentParser, InputError
@@ -45,16 +44,7 @@ def serve_alone(app: settings.App, token: str, reward=None) -> None:
   reward = reward or engines.open_reward(app.reward, app.settings)
   reward = engines.watched(reward, app.timeout_s)
   http = make_app(app, reward, in_threads(reward, app), token)
-  family = socket.AF_INET6 if ":" in app.host else socket.AF_INET
-  listener = socket.socket(family)
-  listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-  try:
-    listener.bind((app.host, app.port))
-  except OSError as e:
-    raise InputError(
-      f"application {app.name!r} can't listen on {app.host} port {app.port} "
-      f"({e.strerror}); choose another with --set port=..."
-    ) from None
+  listener = settings.listen(app)
   listener.listen()  # who is told the port may ask at once
   port = listener.getsockname()[1]
   print(f"serving {app.name} on http://{app.host}:{port}", flush=True)

@@ -2,12 +2,13 @@
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import signal
 import threading
 from collections.abc import Callable
 
 from xomni_jax.errors import InputError
-from xomni_jax.sidecar import engines
+from xomni_jax.sidecar import engines, settings
 from xomni_jax.sidecar.engines import Reward
 from xomni_jax.sidecar.settings import App
 
@@ -68,10 +69,14 @@ def run(
 ) -> None:
   """Serves until the process is told to stop; says on stdout where.
 
+  A cluster that is joined has one proxy for all applications, at the host and
+  port of the first: each has a route of its own there, its name.
+
   Args:
     open_it: called on each replica.
   Raises:
-    InputError: Ray is missing, or the application does not start.
+    InputError: Ray is missing, there is no such cluster, the port is taken, or
+      the application does not start.
   """
   try:
     import ray
@@ -81,31 +86,68 @@ def run(
       f"Ray Serve can't be loaded ({e}); pip install 'ray[serve]', or serve "
       "with --no-ray"
     ) from None
-  # Ray's own ports are open to the network, and ask for Ray's own token.
-  ray.init(
-    address=app.ray_address, include_dashboard=False, logging_level="warning"
-  )
+  alone, ours = app.ray_address == "local", False
+  if alone:
+    # Ray's proxy shares its port with any other that does so too, and then each
+    # has some of the requests.
+    settings.listen(app).close()
+  _init(ray, app)
   quiet = {"log_level": "WARNING", "enable_access_log": False}
   try:
-    if app.ray_address == "local":
+    if alone:
       _check_room(app, ray.cluster_resources())
     serve.start(
       http_options={"host": app.host, "port": app.port}, logging_config=quiet
     )
+    url = f"http://{app.host}:{app.port}" if alone else _route(app)
+    ours = True
     try:
       serve.run(
-        deployment(app, token, open_it), name=app.name, logging_config=quiet
+        deployment(app, token, open_it),
+        name=app.name,
+        route_prefix="/" if alone else f"/{app.name}",
+        logging_config=quiet,
       )
-    except RuntimeError as e:
+    except (RuntimeError, ValueError, serve.exceptions.RayServeException) as e:
       raise InputError(
-        f"application {app.name!r} does not start: {_why(serve, app) or e}"
+        f"application {app.name!r} does not start: "
+        f"{_why(serve, app) or _last_line(e)}"
       ) from None
-    print(f"serving {app.name} on http://{app.host}:{app.port}", flush=True)
+    print(f"serving {app.name} on {url}", flush=True)
     _wait_until_told()
   finally:
-    if app.ray_address != "local":  # others' applications stay
+    if ours and not alone:  # others' applications stay
       serve.delete(app.name)
     ray.shutdown()
+
+
+def _init(ray, app):
+  """Starts Ray, or joins a cluster."""
+  try:
+    # Ray's own ports are open to the network, and ask for Ray's own token.
+    ray.init(
+      address=app.ray_address, include_dashboard=False, logging_level="warning"
+    )
+  except (ConnectionError, RuntimeError, ValueError) as e:
+    raise InputError(
+      f"application {app.name!r} can't start or join Ray at ray_address="
+      f"{app.ray_address} ({_last_line(e)[:200]}); start a cluster (ray start "
+      "--head), or choose --set ray_address=local"
+    ) from None
+
+
+def _route(app):
+  """Where a cluster that was joined serves the application.
+
+  Raises:
+    InputError: its proxy listens beyond loopback, and there is no token.
+  """
+  from ray.serve.context import _get_global_client  # nothing public says it
+
+  client = _get_global_client()
+  http = client.http_config  # whoever came first has chosen it
+  dataclasses.replace(app, host=http.host, port=http.port).token()
+  return f"{client.root_url}/{app.name}"
 
 
 def _check_room(app, room):
@@ -137,3 +179,7 @@ def _why(serve, app):
     return ""
   lines = [line.strip() for line in message.splitlines() if line.strip()]
   return next((line for line in reversed(lines) if "Error" in line), "")
+
+
+def _last_line(error):
+  return str(error).strip().split("\n")[-1]

@@ -6,6 +6,7 @@ import importlib.util
 import ipaddress
 import math
 import pathlib
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ class App:
     max_aspect: long side over short side of an image. Engines bring the short
       side to a fixed length, so that a line of pixels would fill the memory.
     ray_address: "local" starts Ray on this machine; "auto" or an address joins
-      a cluster.
+      a cluster, whose proxy serves the application at the route /NAME.
   """
 
   name: str
@@ -155,6 +156,26 @@ def read_app(spec: str, name: str, changes: Sequence[str] = ()) -> App:
       + (f"unknown settings {', '.join(unknown)}" if unknown else "no reward")
     )
   return App(**section)
+
+
+def listen(app: App) -> socket.socket:
+  """A socket that is bound to the application's host and port.
+
+  Raises:
+    InputError: another program has the port, or the host is not here.
+  """
+  family = socket.AF_INET6 if ":" in app.host else socket.AF_INET
+  listener = socket.socket(family)
+  listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  try:
+    listener.bind((app.host, app.port))
+  except OSError as e:
+    listener.close()
+    raise InputError(
+      f"application {app.name!r} can't listen on {app.host} port {app.port} "
+      f"({e.strerror}); choose another with --set port=..."
+    ) from None
+  return listener
 
 
 def _change(section, change, known):
