@@ -38,21 +38,6 @@ def file_to_write(name: str, path: str) -> None:
     raise InputError(f"{name} {path}: is a folder, expected the name of a file")
 
 
-def secret(name: str) -> str:
-  """The token in an environment variable; "": none is set.
-
-  Raises:
-    InputError: an HTTP header can't bear it; the message does not show it.
-  """
-  token = os.environ.get(name, "").strip()
-  if not (token.isascii() and token.isprintable()):
-    raise InputError(
-      f"the token in {name} has characters beyond printable ASCII, expected "
-      f"what an HTTP header can bear; set {name} again"
-    )
-  return token
-
-
 def make_folder(path: str | os.PathLike) -> pathlib.Path:
   """Makes a folder where there is none; InputError where it can't be."""
   path = pathlib.Path(path)

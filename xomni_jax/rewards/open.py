@@ -3,11 +3,10 @@
 import threading
 from collections.abc import Callable, Sequence
 
-from xomni_jax.checks import secret
 from xomni_jax.errors import InputError
 from xomni_jax.reward_config import RewardConfig, parse_source
 from xomni_jax.rewards import client, ocr, replay, text_batches, text_scores
-from xomni_jax.rewards.wire import Item, Score
+from xomni_jax.rewards.wire import Item, Score, secret
 
 Scorer = Callable[[Sequence[Item]], list[Score]]
 

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import numbers
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -97,6 +98,21 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 class TooLargeError(InputError):
   """A request above the limits as a whole (HTTP status 413)."""
+
+
+def secret(name: str) -> str:
+  """The token in an environment variable; "": none is set.
+
+  Raises:
+    InputError: an HTTP header can't bear it; the message does not show it.
+  """
+  token = os.environ.get(name, "").strip()
+  if not (token.isascii() and token.isprintable()):
+    raise InputError(
+      f"the token in {name} has characters beyond printable ASCII, expected "
+      f"what an HTTP header can bear; set {name} again"
+    )
+  return token
 
 
 def failed(id: str, kind: str, message: str, model_rev: str = "") -> Score:

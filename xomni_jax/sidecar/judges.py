@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from xomni_jax.checks import secret
 from xomni_jax.errors import InputError
 from xomni_jax.rewards import wire
-from xomni_jax.rewards.wire import Item, Score
+from xomni_jax.rewards.wire import Item, Score, secret
 from xomni_jax.sidecar.engines import Reward
 
 # The form that UnifiedReward is trained on: a role, the two criteria, a score

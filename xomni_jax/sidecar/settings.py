@@ -10,9 +10,8 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xomni_jax.checks import secret
 from xomni_jax.errors import InputError
-from xomni_jax.rewards.wire import Limits
+from xomni_jax.rewards.wire import Limits, secret
 
 
 @dataclasses.dataclass(frozen=True)
