@@ -220,7 +220,7 @@ CHECKPOINTS = {
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoint_that_does_not_fit_is_refused(
-  name, tree, fails, tmp_path, monkeypatch
+  name, tree, fails, tmp_path, monkeypatch, recwarn
 ):
   monkeypatch.chdir(tmp_path)
   spoil, words = CHECKPOINTS[name]
@@ -237,6 +237,7 @@ def test_checkpoint_that_does_not_fit_is_refused(
   for word in words:
     assert word in error
   assert not (tmp_path / "evil").exists()
+  assert not [w for w in recwarn if "pickle" in str(w.message)]
 
 
 FLUX = {

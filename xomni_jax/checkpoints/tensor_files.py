@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator
 
 import ml_dtypes
@@ -90,7 +91,10 @@ def _read_pt(path):
   try:
     with path.open("rb") as file:
       mapped = file.read(4) == b"PK\3\4"  # before PyTorch 1.6: no zip file
-    state = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of other pickles' versions
+      state = torch.load(
+        path, map_location="cpu", mmap=mapped, weights_only=True
+      )
   except FileNotFoundError:
     raise InputError(f"{path}: no such file; fetch it again") from None
   except Exception as e:  # whatever a spoilt pickle may raise
