@@ -73,12 +73,6 @@ def batch_sharding(mesh) -> NamedSharding:
 
 def check_devices(cfg: TrainConfig, mesh) -> None:
   """Raises InputError where devices can't share, or not run, what is asked."""
-  kind = mesh.devices.flat[0].platform
-  if cfg.compute.attention == "splash" and kind != "tpu":
-    raise InputError(
-      f"compute.attention is 'splash', a kernel for TPUs, and devices are "
-      f"{kind}; give --config.compute.attention=chunked"
-    )
   ways = 1
   for axis in BATCH_AXES:
     ways *= mesh.shape[axis]
@@ -96,6 +90,12 @@ def check_devices(cfg: TrainConfig, mesh) -> None:
       f"mesh {mesh_lib.describe(mesh)}: a process holds {held} of {ways} "
       f"shares of a batch, expected a {count}th of them; axes tensor and "
       "context have to lie within a process"
+    )
+  kind = mesh.devices.flat[0].platform
+  if cfg.compute.attention == "splash" and kind != "tpu":
+    raise InputError(
+      f"compute.attention is 'splash', a kernel for TPUs, and devices are "
+      f"{kind}; give --config.compute.attention=chunked"
     )
 
 
