@@ -165,6 +165,10 @@ def test_records_that_are_mended_are_bad_no_more(tmp_path, tiny):
     tokenize_dataset.run(wanted, tiny, out, batch=2)
   for n in (2, 3):
     (source / f"{n}.png").write_bytes(good)
+  # What a kill left while the shard was written.
+  left = out / "codes-00001-of-00002.array_record.bad.part"
+  left.write_text("bad\n")
+  tokenize_dataset.run(wanted, tiny, out, batch=2)
   tokenize_dataset.run(wanted, tiny, out, batch=2)
   assert len(opened(out)) == 4 and not list(out.glob("*.bad.*"))
 

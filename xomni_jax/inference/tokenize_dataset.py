@@ -252,7 +252,8 @@ def _write(path, model, made, bad):
   The list has its name once the shard is there: a list without a shard says
   that no record of it was good.
   """
-  _bad_path(path).unlink(missing_ok=True)  # of an earlier try
+  for earlier in (_bad_path(path), _pending(path)):
+    earlier.unlink(missing_ok=True)
   if bad:
     _pending(path).write_text("\n".join(bad) + "\n")
   if made:

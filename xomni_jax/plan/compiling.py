@@ -132,6 +132,11 @@ def open_target(name: str) -> Target:
   kind, _, shape = name.partition(":")
   if kind == "cpu":
     return Target(name, _cpu_devices(name, shape), None)
+  if re.search("(?<![0-9])0+(?![0-9])", name):  # libtpu would divide by it
+    raise InputError(
+      f"target {name!r}: no such TPU slice (a side is 0); expected for example "
+      "v5e:2x4, v6e:4x4 or v5p:2x2x1"
+    )
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(
       f"target {name}: compiling for a TPU needs libtpu; pip install {LIBTPU}"
@@ -141,11 +146,6 @@ def open_target(name: str) -> Target:
     os.environ.setdefault(key, value)
   from jax.experimental import topologies
 
-  if "0" in re.split("[:x]", name):  # by which libtpu would divide
-    raise InputError(
-      f"target {name!r}: no such TPU slice (a side is 0); expected for example "
-      "v5e:2x4, v6e:4x4 or v5p:2x2x1"
-    )
   # By default a v4 chip would count as two devices, which JAX gave up.
   options = {"chip_config_name": "megacore"} if kind == "v4" else {}
   try:

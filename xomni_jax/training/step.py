@@ -95,7 +95,7 @@ def check_devices(cfg: TrainConfig, mesh) -> None:
   if cfg.compute.attention == "splash" and kind != "tpu":
     raise InputError(
       f"compute.attention is 'splash', a kernel for TPUs, and devices are "
-      f"{kind}; give --config.compute.attention=chunked"
+      f"{kind}; set it to 'chunked'"
     )
 
 
