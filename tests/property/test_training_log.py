@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from xomni_jax.errors import InputError
 from xomni_jax.inference import sheets
 from xomni_jax.inference.sheets import Picture
 from xomni_jax.training import log as log_lib
-from xomni_jax.training import peaks, pictures
+from xomni_jax.training import meter, peaks, pictures
 from xomni_jax.training.preemption import EXIT_PREEMPTED, Preemption
 
 PROGRESS = {"seconds": 0.5, "wait": 0.021, "tokens": 4096}
@@ -161,6 +162,43 @@ def test_progress_line_has_no_mfu_where_it_is_not_known(known):
 def test_progress_line_tells_the_time_left(steps, eta):
   line = log_lib.progress_line(0, steps, "p", {"loss": 1}, **PROGRESS)
   assert line.endswith(f"ETA {eta}")
+
+
+def test_speed_that_is_shown_is_of_whole_rollouts(monkeypatch):
+  # The first update of a rollout waits for it, the second does not; the log
+  # keeps each as it was.
+  now = [0.0]
+  monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+  stage = types.SimpleNamespace(
+    collected_steps=2, program=types.SimpleNamespace(tokens=90)
+  )
+  device = types.SimpleNamespace(device_kind="cpu")
+  layout = types.SimpleNamespace(
+    mesh=types.SimpleNamespace(devices=np.array([device]))
+  )
+  cfg = types.SimpleNamespace(report=types.SimpleNamespace(peak_flops=0))
+  of = meter.Meter(cfg, stage, layout, 0)
+
+  def passed(step, wait, spent):
+    with of.waiting():
+      now[0] += wait
+    with of.paused():
+      now[0] += 100
+    now[0] += spent - wait
+    return of.read(step)
+
+  alone = passed(1, 8, 9)
+  assert (alone.seconds, alone.wait) == pytest.approx((9, 8 / 9))
+  for step in (2, 4, 6):
+    second = passed(step, 0, 1)
+    assert (second.seconds, second.wait) == pytest.approx((5, 0.8))
+    assert second.scalars == pytest.approx({
+      "time/step_seconds": 1, "time/data_wait": 0, "time/tokens_per_second": 90
+    })  # fmt: skip
+    first = passed(step + 1, 8, 9)
+    assert (first.seconds, first.wait) == pytest.approx((5, 0.8))
+  # Readings that are of more steps stand alone.
+  assert passed(17, 40, 60).seconds == pytest.approx(6)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """How fast a run goes, and where its time goes."""
 
+import collections
 import contextlib
 import dataclasses
 import pathlib
@@ -15,12 +16,13 @@ from xomni_jax.training.stage import Stage
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-  """Of the steps since the last reading.
+  """How fast steps are.
 
   Attributes:
-    seconds: a step.
+    seconds: a step takes, over those since the last reading and at least as
+      many as learn from one rollout, of which one alone waits for it.
     wait: share of them spent waiting for data, 0 to 1.
-    scalars: both, and tokens/s, for the log.
+    scalars: both, and tokens/s, of those since the last reading, for the log.
   """
 
   seconds: float
@@ -44,6 +46,11 @@ class Meter:
 
   def __init__(self, cfg: TrainConfig, stage: Stage, layout: Layout, step: int):
     self._tokens = stage.program.tokens
+    self._alike = stage.collected_steps
+    # (steps, seconds, of them waiting) of the last readings.
+    self._recent: collections.deque[tuple[int, float, float]] = (
+      collections.deque()
+    )
     device = layout.mesh.devices.flat[0]
     self.peak = cfg.report.peak_flops or peaks.flops(device.device_kind) or 0.0
     self._start, self._step, self._wait = time.perf_counter(), step, 0.0
@@ -67,15 +74,18 @@ class Meter:
     now = time.perf_counter()
     spent = max(now - self._start, 1e-9)
     steps = max(step - self._step, 1)
-    wait = min(self._wait / spent, 1.0)
+    wait = min(self._wait, spent)
+    self._recent.append((steps, spent, wait))
     self._start, self._step, self._wait = now, step, 0.0
-    seconds = spent / steps
+    while sum(n for n, *_ in self._recent) - self._recent[0][0] >= self._alike:
+      self._recent.popleft()
+    counted, seconds, waited = map(sum, zip(*self._recent, strict=True))
     return Speed(
-      seconds,
-      wait,
+      seconds / counted,
+      waited / seconds,
       {
-        "time/step_seconds": seconds,
-        "time/data_wait": wait,
-        "time/tokens_per_second": self._tokens / seconds,
+        "time/step_seconds": spent / steps,
+        "time/data_wait": wait / spent,
+        "time/tokens_per_second": self._tokens * steps / spent,
       },
     )
