@@ -14,6 +14,7 @@ from xomni_jax.inference import shipped
 README = (ROOT / "README.md").read_text("utf-8")
 CARD = (shipped.ROOT / "MODEL_CARD.md").read_text("utf-8")
 RESULTS = ROOT / "launch" / "results"
+DETAILS = (RESULTS / "README.md").read_text("utf-8")
 FOLDERS = sorted(
   {
     p.parent.relative_to(RESULTS).as_posix()
@@ -98,7 +99,7 @@ def test_differences_of_each_seed_are_those_of_the_measurement(level):
 
 def test_guidance_and_filters_are_those_of_the_measurement():
   of = figures("signs/tiny", "cfg")["validation"]
-  shown = table(README, "guidance | ")
+  shown = table(DETAILS, "guidance | ")
   for scale, cells in shown.items():
     start = f"CFG {'1' if scale == 'none' else scale}"
     wanted = []
