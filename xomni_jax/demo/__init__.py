@@ -345,10 +345,9 @@ def _curve(workdir):
   shown = [page.figure([Image.open(path)], "") for path in pictures[-1:]]
   return page.section(
     "Reinforcement learning",
-    "Every other step draws 8 signs for each of 8 prompts, a little hotter "
-    "than above, and learns from them; so does the step after it. What OCR "
-    "reads better than its group's mean becomes likelier, the codes of each "
-    "line by that line's own score (option line_advantages).",
+    "Each step draws 8 signs for each of 8 prompts, a little hotter than "
+    "above. What OCR reads better than its group's mean becomes likelier, the "
+    "codes of each line by that line's own score (option line_advantages).",
     page.grid(shown, wide=True),
   )
 
