@@ -173,16 +173,16 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CombineConfig:
-  """How the scores of a step become rewards, and when that is stopped.
+  """How the scores of a rollout become rewards, and when that is stopped.
 
   Attributes:
     quorum: a prompt's group is dropped if a smaller share of its samples, or
       fewer than two, has a reward.
     max_failure_rate: the run stops if more than this share of the optimised
       scores failed,
-    window: over this many steps; a window that is not full does not count,
+    window: over this many rollouts; a window that is not full does not count,
       unless it can't get below the rate any more.
-    drift_window: steps; the alarm compares the last so many with as many
+    drift_window: rollouts; the alarm compares the last so many with as many
       before; 0: no alarm.
     drift_rise, drift_fall: it warns where an optimised reward rose by at
       least the former, and a shadow fell by at least the latter; shares of the
@@ -213,6 +213,14 @@ class CombineConfig:
         f"drift_window is {self.drift_window}, expected from 0",
       ),
     )
+
+
+def about(reward: RewardConfig) -> str:
+  """What its scores depend on; where servers are is no part of it."""
+  parts = parse_source(reward.source)
+  here = [part for part in parts if part.kind != "http"]
+  settings = (reward.spaces, reward.model) if here else ()
+  return repr((here, len(parts), reward.engines, settings))
 
 
 def check_rewards(rewards: tuple[RewardConfig, ...]) -> None:

@@ -89,15 +89,18 @@ def test_prompt_that_does_not_fit_is_named_and_counts_nowhere(
   assert sorted(asked) == sorted(["a sign", "a cat", "a dog"] * 24)
 
 
+@pytest.mark.parametrize(
+  ("steps", "logged"), [(9, [3, 4, 7, 8, 9]), (10, [3, 4, 7, 8, 9, 10])]
+)
 def test_rewards_are_logged_whatever_log_every_is(
-  tmp_path, monkeypatch, codes_as_images
+  tmp_path, monkeypatch, codes_as_images, steps, logged
 ):
   """They come with the first update of a rollout."""
   config = settings(
-    options__epochs=2, report__log_every=4, phases__1_all__steps=9
+    options__epochs=2, report__log_every=4, phases__1_all__steps=steps
   )
   found = train(config, tmp_path, monkeypatch, share_of(WANTED))
-  assert [m["step"] for m in found] == [3, 4, 7, 8, 9]
+  assert [m["step"] for m in found] == logged
   told = [m["step"] for m in found if "reward/ocr" in m]
   assert told == [3, 7, 9]
 
@@ -358,6 +361,9 @@ def test_rollout_that_waits_is_used_only_if_it_is_the_one(
 
 
 def test_rollout_is_another_where_what_its_rows_depend_on_changed():
+  def rewards(**changes):
+    return repr(({"name": "ocr", "source": "local:ocr", **changes},))
+
   def mark(number=0, prompts=("p",), **changes):
     config = settings(**{f"options__{k}": v for k, v in changes.items()})
     cfg, _ = configure.parse(config, "test")
@@ -375,18 +381,23 @@ def test_rollout_is_another_where_what_its_rows_depend_on_changed():
         ("paint_steps", 2),
         ("normalise", False),
         ("line_advantages", 0),
-        ("rewards", "({'name': 'ocr', 'source': 'local:ocr', 'weight': 2.0},)"),
+        ("rewards", rewards(weight=2.0)),
+        ("rewards", rewards(spaces=False)),
+        ("rewards", rewards(source="local:ocr:tesseract")),
+        ("rewards", rewards(source="http://a:1")),
       )
     ),
   ]
   assert len({mark(), *others}) == 1 + len(others)
   # How the loss is made of it, in what parts, and where servers are.
-  elsewhere = "({'name': 'ocr', 'source': 'http://a:1', 'spaces': False},)"
   for name, value in (
     *(("beta", 0.5), ("clip_low", 0.1), ("loss_chunk", 8), ("paint_rows", 16)),
-    ("rewards", elsewhere),
+    ("rewards", rewards(threads=2)),
   ):
     assert mark(**{name: value}) == mark()
+  assert mark(rewards=rewards(source="http://a:1")) == mark(
+    rewards=rewards(source="http://b:1", spaces=False)
+  )
 
 
 def test_rollouts_of_two_sizes_are_trained_as_each_alone(

@@ -197,8 +197,11 @@ def test_speed_that_is_shown_is_of_whole_rollouts(monkeypatch):
     })  # fmt: skip
     first = passed(step + 1, 8, 9)
     assert (first.seconds, first.wait) == pytest.approx((5, 0.8))
-  # Readings that are of more steps stand alone.
+  # Readings of whole rollouts stand alone; others take in what came before.
   assert passed(17, 40, 60).seconds == pytest.approx(6)
+  assert passed(20, 16, 19).seconds == pytest.approx(79 / 13)
+  assert passed(21, 0, 1).seconds == pytest.approx(5)
+  assert passed(24, 8, 11).seconds == pytest.approx(3)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from xomni_jax.reward_config import CombineConfig, RewardConfig, parse_source
 
 
 class Column(NamedTuple):
-  """One reward's scores of a step's samples, the G of a prompt adjacent.
+  """One reward's scores of a rollout's samples, the G of a prompt adjacent.
 
   Attributes:
     values: f64[B*G]; NaN where failed or absent.
@@ -31,7 +31,7 @@ class Column(NamedTuple):
 
 
 class Combined(NamedTuple):
-  """The rewards of a step.
+  """The rewards of a rollout.
 
   Attributes:
     rewards: f64[B*G], since advantages are small differences of them; NaN
@@ -51,11 +51,11 @@ class Combined(NamedTuple):
 
 
 class History(NamedTuple):
-  """What `watch` remembers of the last steps; plain JSON.
+  """What `watch` remembers of the last rollouts; plain JSON.
 
   Attributes:
-    failures: [asked, failed] of each step.
-    means: {reward's name: mean} of each step, as many as drifts need.
+    failures: [asked, failed] of each rollout.
+    means: {reward's name: mean} of each rollout, as many as drifts need.
   """
 
   failures: list
@@ -63,7 +63,7 @@ class History(NamedTuple):
 
 
 def joined(parts: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
-  """The columns of several steps as those of one."""
+  """The columns of several rollouts as those of one."""
   out = {}
   for name in parts[0]:
     columns = [part[name] for part in parts]
@@ -147,7 +147,7 @@ def watch(
   cfg: CombineConfig,
   causes: Mapping[str, str],
 ) -> tuple[History, list[str]]:
-  """The history with one more step, and warnings, each one line.
+  """The history with one more rollout, and warnings, each one line.
 
   It warns when an optimised reward has risen while a shadow has fallen: the
   policy then learns what pleases the former and not what both stand for. It
@@ -157,13 +157,13 @@ def watch(
     causes: "reward: error_kind" -> what one of those that failed said.
   Raises:
     RunError: more than `cfg.max_failure_rate` of the scores of `cfg.window`
-      steps failed, or will have even if all to come succeed.
+      rollouts failed, or will have even if all to come succeed.
   """
   failures = [*history.failures, [combined.asked, combined.failed]]
   failures = failures[-cfg.window :]
-  asked, failed = (sum(step[i] for step in failures) for i in (0, 1))
-  steps = len(failures)
-  if failed > cfg.max_failure_rate * asked * cfg.window / steps:
+  asked, failed = map(sum, zip(*failures, strict=True))
+  rollouts = len(failures)
+  if failed > cfg.max_failure_rate * asked * cfg.window / rollouts:
     reasons = sorted(combined.reasons.items(), key=lambda r: -r[1])[:3]
     said = [f"; one says: {causes[r]}" for r, _ in reasons if r in causes][:1]
     failing = {reason.partition(":")[0] for reason, _ in reasons}
@@ -175,10 +175,10 @@ def watch(
     ]
     mend = "see to their servers" if "http" in asked_of else "mend that"
     raise RunError(
-      f"{failed} of {asked} scores of rewards failed in the last {steps} "
-      f"steps, expected at most {cfg.max_failure_rate:.0%} over {cfg.window} "
-      f"steps ({', '.join(f'{r} {n}' for r, n in reasons)}{''.join(said)}); "
-      f"{mend}, then start the run again: it goes on"
+      f"{failed} of {asked} scores of rewards failed in the last {rollouts} "
+      f"rollouts, expected at most {cfg.max_failure_rate:.0%} over "
+      f"{cfg.window} ({', '.join(f'{r} {n}' for r, n in reasons)}"
+      f"{''.join(said)}); {mend}, then start the run again: it goes on"
     )
   if not cfg.drift_window:
     return History(failures, []), []
@@ -256,7 +256,7 @@ def _drifts(means, rewards, cfg):
   down = [r.name for r in rewards if r.weight == 0]
   return {
     (a, b): (
-      f"rewards drift apart: in {window} steps {a} rose by {rise[a]:.1%} of "
+      f"rewards drift apart: in {window} rollouts {a} rose by {rise[a]:.1%} of "
       f"its range to {now[a]:.3f} while the shadow {b} fell by {-rise[b]:.1%} "
       f"to {now[b]:.3f}"
     )

@@ -167,6 +167,8 @@ class _Run:
       while self.step < end:
         self._prepare(batches)
         self._profile()
+        if self.stage.collect:  # draws from no parameters that are no good
+          self._read()
         with self.meter.waiting():
           batch, made = self._next(rows_of)
         lr = optim.rate(cfg.phases[phase], cfg.optim.lr, self.step - first)
@@ -199,7 +201,6 @@ class _Run:
       rows = next(rows_of)
       self._count(rows)
       return step_lib.place_batch(rows.arrays, self.layout.mesh), {}
-    self._read()  # nothing is drawn from parameters that are no good
     rows, self.state["extra"], made = self.stage.collect(
       self._measured, self._params(), self.state["extra"], self.step
     )
@@ -258,12 +259,11 @@ class _Run:
 
   def _is_logged(self, step: int) -> bool:
     every, of_rollout = self.cfg.report.log_every, self.stage.collected_steps
-    if step % every == 0 or step == self.cfg.steps:
-      return True
-    # Metrics of a rollout come with its first step: that is logged too where
-    # another step of the rollout is.
-    at = step - 1
-    return at % of_rollout == 0 and (at + of_rollout) // every > at // every
+    # Metrics of a rollout come with its first step: that is logged where any
+    # step of the rollout is.
+    ahead = of_rollout if (step - 1) % of_rollout == 0 else 1
+    steps = range(step, step + ahead)
+    return any(s % every == 0 or s == self.cfg.steps for s in steps)
 
   def _log(self, metrics, phase):
     values = {

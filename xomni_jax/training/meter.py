@@ -1,8 +1,8 @@
 """How fast a run goes, and where its time goes."""
 
-import collections
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import time
 
@@ -19,8 +19,8 @@ class Speed:
   """How fast steps are.
 
   Attributes:
-    seconds: a step takes, over those since the last reading and at least as
-      many as learn from one rollout, of which one alone waits for it.
+    seconds: a step takes, over those since the last reading, and before it as
+      many as make whole rollouts: one of a rollout's steps alone waits for it.
     wait: share of them spent waiting for data, 0 to 1.
     scalars: both, and tokens/s, of those since the last reading, for the log.
   """
@@ -48,9 +48,7 @@ class Meter:
     self._tokens = stage.program.tokens
     self._alike = stage.collected_steps
     # (steps, seconds, of them waiting) of the last readings.
-    self._recent: collections.deque[tuple[int, float, float]] = (
-      collections.deque()
-    )
+    self._recent: list[tuple[int, float, float]] = []
     device = layout.mesh.devices.flat[0]
     self.peak = cfg.report.peak_flops or peaks.flops(device.device_kind) or 0.0
     self._start, self._step, self._wait = time.perf_counter(), step, 0.0
@@ -77,8 +75,11 @@ class Meter:
     wait = min(self._wait, spent)
     self._recent.append((steps, spent, wait))
     self._start, self._step, self._wait = now, step, 0.0
-    while sum(n for n, *_ in self._recent) - self._recent[0][0] >= self._alike:
-      self._recent.popleft()
+    counts = itertools.accumulate(n for n, *_ in reversed(self._recent))
+    for kept, count in enumerate(counts, 1):
+      if count % self._alike == 0:
+        self._recent = self._recent[-kept:]
+        break
     counted, seconds, waited = map(sum, zip(*self._recent, strict=True))
     return Speed(
       seconds / counted,

@@ -22,7 +22,12 @@ from jax.experimental import io_callback, multihost_utils
 
 from xomni_jax.data.prompts import Prompt
 from xomni_jax.errors import InputError, RunError
-from xomni_jax.reward_config import CombineConfig, RewardConfig, parse_source
+from xomni_jax.reward_config import (
+  CombineConfig,
+  RewardConfig,
+  about,
+  parse_source,
+)
 from xomni_jax.rewards import combine, journal, ledger, text_lines, wire
 from xomni_jax.rewards.open import open_scorer
 
@@ -102,7 +107,7 @@ class Rewarder:
       if any(source.kind != "http" for source in parse_source(r.source))
     }
     self._at_once = {r.name: r.batch_items for r in rewards}
-    self._about = {r.name: _about(r) for r in rewards}
+    self._about = {r.name: about(r) for r in rewards}
     self._ledger = ledger.Ledger(folder, jax.process_index())
     # What was seen of failures and drifts, by step; all processes read it.
     self._watched = pathlib.Path(folder) / "watched.jsonl"
@@ -352,12 +357,6 @@ def _recorded(reward: RewardConfig) -> RewardConfig:
   path = pathlib.Path(reward.record)
   own = path.with_stem(f"{path.stem}-{jax.process_index()}")
   return dataclasses.replace(reward, record=str(own))
-
-
-def _about(reward: RewardConfig) -> str:
-  """What its scores depend on; where servers are is no part of it."""
-  here = [s for s in parse_source(reward.source) if s.kind != "http"]
-  return repr((here, reward.engines, reward.spaces, reward.model))
 
 
 def _kind(score: wire.Score) -> str:

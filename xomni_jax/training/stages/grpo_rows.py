@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from xomni_jax import mesh as mesh_lib
+from xomni_jax import reward_config
 from xomni_jax.data.prompts import Prompt
 from xomni_jax.errors import InputError
 from xomni_jax.mesh import to_host
@@ -21,7 +22,7 @@ _MADE_BY = (
   *("paint_steps", "paint_cfg_scale", "same_noise"),
   *("normalise", "line_advantages", "combine"),
 )
-_WANTED = ("name", "weight", "engines", "normalise", "low", "high", "floor")
+_WANTED = ("name", "weight", "normalise", "low", "high", "floor")
 
 
 def check(cfg: TrainConfig, rows: int) -> None:
@@ -88,7 +89,10 @@ def mark(cfg: TrainConfig, number: int, prompts: Sequence[Prompt]) -> int:
   and turned into advantages. Where servers are is no part of it."""
   opts = cfg.options
   how = [getattr(opts, name) for name in _MADE_BY]
-  wanted = [[getattr(r, name) for name in _WANTED] for r in opts.rewards]
+  wanted = [
+    [reward_config.about(r), *(getattr(r, name) for name in _WANTED)]
+    for r in opts.rewards
+  ]
   asked = (number, cfg.seed, how, wanted, prompts)
   return zlib.crc32(repr(asked).encode())
 
