@@ -362,7 +362,8 @@ def test_rollout_that_waits_is_used_only_if_it_is_the_one(
 
 def test_rollout_is_another_where_what_its_rows_depend_on_changed():
   def rewards(**changes):
-    return repr(({"name": "ocr", "source": "local:ocr", **changes},))
+    ocr = {"name": "ocr", "source": "local:ocr", "spaces": False}
+    return repr(({**ocr, **changes},))
 
   def mark(number=0, prompts=("p",), **changes):
     config = settings(**{f"options__{k}": v for k, v in changes.items()})
@@ -382,7 +383,7 @@ def test_rollout_is_another_where_what_its_rows_depend_on_changed():
         ("normalise", False),
         ("line_advantages", 0),
         ("rewards", rewards(weight=2.0)),
-        ("rewards", rewards(spaces=False)),
+        ("rewards", rewards(spaces=True)),
         ("rewards", rewards(source="local:ocr:tesseract")),
         ("rewards", rewards(source="http://a:1")),
       )
@@ -396,7 +397,7 @@ def test_rollout_is_another_where_what_its_rows_depend_on_changed():
   ):
     assert mark(**{name: value}) == mark()
   assert mark(rewards=rewards(source="http://a:1")) == mark(
-    rewards=rewards(source="http://b:1", spaces=False)
+    rewards=rewards(source="http://b:1", spaces=True)
   )
 
 
